@@ -1,0 +1,63 @@
+//! What makes machines.
+
+use crate::{
+    capability::Capabilities,
+    config::{HostLimits, VmConfig},
+    error::VmResult,
+    instance::VmInstance,
+    snapshot::{RestoreOptions, Snapshot},
+};
+use async_trait::async_trait;
+use bytes::Bytes;
+use std::{fmt, sync::Arc};
+
+/// A kind of virtual machine on this host.
+#[async_trait]
+pub trait VmBackend: Send + Sync + fmt::Debug {
+    /// Gives the backend's short name (`sim`, `kvm`, `libkrun`).
+    fn name(&self) -> &str;
+
+    /// Gives what machines of this backend can do.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Gives the limits that configurations are checked against.
+    fn limits(&self) -> HostLimits;
+
+    /// Makes a machine in state Created. Nothing runs yet.
+    ///
+    /// # Errors
+    /// [`InvalidConfig`](crate::VmErrorKind::InvalidConfig) for the first bad field;
+    /// [`ResourceExhausted`](crate::VmErrorKind::ResourceExhausted).
+    async fn create(&self, config: VmConfig) -> VmResult<Arc<dyn VmInstance>>;
+
+    /// Makes a new machine from a snapshot. Several may be made of one.
+    ///
+    /// # Errors
+    /// [`SnapshotCorrupt`](crate::VmErrorKind::SnapshotCorrupt),
+    /// [`SnapshotIncompatible`](crate::VmErrorKind::SnapshotIncompatible),
+    /// [`Unsupported`](crate::VmErrorKind::Unsupported).
+    async fn restore(
+        &self,
+        snapshot: &Snapshot,
+        options: RestoreOptions,
+    ) -> VmResult<Arc<dyn VmInstance>>;
+
+    /// Gives a snapshot's bytes after verifying them, to be carried elsewhere.
+    ///
+    /// # Errors
+    /// [`SnapshotCorrupt`](crate::VmErrorKind::SnapshotCorrupt), [`HostIo`](crate::VmErrorKind::HostIo),
+    /// [`Unsupported`](crate::VmErrorKind::Unsupported).
+    async fn export_snapshot(&self, snapshot: &Snapshot) -> VmResult<Bytes>;
+
+    /// Verifies the bytes of an exported snapshot and keeps them in a file of this host.
+    ///
+    /// # Errors
+    /// As [`restore`](Self::restore); nothing is kept then.
+    async fn import_snapshot(&self, bytes: Bytes) -> VmResult<Snapshot>;
+
+    /// Removes a snapshot's file. Machines made from it go on.
+    ///
+    /// # Errors
+    /// [`HostIo`](crate::VmErrorKind::HostIo), [`Unsupported`](crate::VmErrorKind::Unsupported).
+    async fn delete_snapshot(&self, snapshot: &Snapshot) -> VmResult<()>;
+}

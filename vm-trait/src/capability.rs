@@ -1,0 +1,132 @@
+//! What a backend can do, so that nothing has to be tried to find out.
+
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeSet, fmt};
+
+/// One thing that a backend may or may not be able to do.
+///
+/// An operation whose capability is absent returns [`Unsupported`](crate::VmErrorKind::Unsupported);
+/// one whose capability is claimed must work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Capability {
+    /// Programs run in the guest: `exec`, `spawn`, `attach_process`, `processes`.
+    Exec,
+    /// Guest files are read, written and listed.
+    Files,
+    /// Programs run on a terminal that can be resized.
+    Tty,
+    /// Programs run as another user than the agent's own.
+    Users,
+    /// `pause` and `resume`.
+    Pause,
+    /// `snapshot`, and `restore` into a new machine.
+    Snapshot,
+    /// `restore` in place.
+    RestoreInPlace,
+    /// `fork`.
+    Fork,
+    /// Disks of the host that outlive the machine.
+    Disks,
+    /// The guest has a kernel of its own: it can power off and panic, its memory ends with the machine,
+    /// and its clocks are its own.
+    GuestKernel,
+    /// The guest's memory is limited to what the configuration says.
+    MemoryLimit,
+    /// A console with the guest's boot output.
+    Console,
+}
+
+impl Capability {
+    /// Lists every capability, in a fixed order.
+    pub const ALL: &'static [Self] = &[
+        Self::Exec,
+        Self::Files,
+        Self::Tty,
+        Self::Users,
+        Self::Pause,
+        Self::Snapshot,
+        Self::RestoreInPlace,
+        Self::Fork,
+        Self::Disks,
+        Self::GuestKernel,
+        Self::MemoryLimit,
+        Self::Console,
+    ];
+
+    /// Names the capability as reports do, in snake case.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Exec => "exec",
+            Self::Files => "files",
+            Self::Tty => "tty",
+            Self::Users => "users",
+            Self::Pause => "pause",
+            Self::Snapshot => "snapshot",
+            Self::RestoreInPlace => "restore_in_place",
+            Self::Fork => "fork",
+            Self::Disks => "disks",
+            Self::GuestKernel => "guest_kernel",
+            Self::MemoryLimit => "memory_limit",
+            Self::Console => "console",
+        }
+    }
+}
+
+impl fmt::Display for Capability {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The set of things that a backend can do.
+///
+/// ```
+/// use vm_trait::{Capabilities, Capability};
+/// let caps = Capabilities::from_iter([Capability::Exec, Capability::Files]);
+/// assert!(caps.has(Capability::Exec));
+/// assert!(!caps.has(Capability::Fork));
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Capabilities(BTreeSet<Capability>);
+
+impl Capabilities {
+    /// Makes the set of every capability.
+    #[must_use]
+    pub fn all() -> Self {
+        Capability::ALL.iter().copied().collect()
+    }
+
+    /// Says whether `capability` is in the set.
+    #[must_use]
+    pub fn has(&self, capability: Capability) -> bool {
+        self.0.contains(&capability)
+    }
+
+    /// Takes `capability` out of the set.
+    #[must_use]
+    pub fn without(mut self, capability: Capability) -> Self {
+        self.0.remove(&capability);
+        self
+    }
+
+    /// Puts `capability` into the set.
+    #[must_use]
+    pub fn with(mut self, capability: Capability) -> Self {
+        self.0.insert(capability);
+        self
+    }
+
+    /// Walks through the set in its fixed order.
+    pub fn iter(&self) -> impl Iterator<Item = Capability> + '_ {
+        self.0.iter().copied()
+    }
+}
+
+impl FromIterator<Capability> for Capabilities {
+    fn from_iter<I: IntoIterator<Item = Capability>>(iter: I) -> Self {
+        Self(iter.into_iter().collect())
+    }
+}

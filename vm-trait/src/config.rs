@@ -1,0 +1,465 @@
+//! Machine configurations and their validation.
+
+use crate::{
+    error::{VmError, VmErrorKind},
+    state::Operation,
+};
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
+
+/// An amount of memory or disk in mebibytes (2^20 bytes).
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+#[serde(transparent)]
+pub struct Mib(pub u32);
+
+impl Mib {
+    /// Gives the amount in bytes.
+    #[must_use]
+    pub fn bytes(self) -> u64 {
+        u64::from(self.0) << 20
+    }
+}
+
+impl fmt::Display for Mib {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} MiB", self.0)
+    }
+}
+
+/// What a machine is made of. Build it with [`VmConfig::builder`], or read it with serde: missing fields have
+/// their defaults, unknown ones are refused.
+///
+/// ```
+/// use vm_trait::{Mib, VmConfig};
+/// let config = VmConfig::builder().with_vcpus(2).with_memory(Mib(256)).build()?;
+/// assert_eq!(config.vcpus, 2);
+/// # Ok::<(), vm_trait::VmError>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct VmConfig {
+    /// A name for people; at most 64 letters, digits, `-`, `_` and `.`.
+    pub name: Option<String>,
+    /// Free text by key, for the owner's use.
+    pub labels: BTreeMap<String, String>,
+    /// How many vCPUs, at least 1. Default 1.
+    pub vcpus: u8,
+    /// How much memory, at least 64 MiB. Default 128 MiB.
+    pub memory: Mib,
+    /// The guest's host name; at most 63 letters, digits and `-`. Default `twinvm`.
+    pub hostname: String,
+    /// The environment of every program in the guest; requests add to it.
+    pub env: BTreeMap<String, String>,
+    /// Disks of the host that outlive the machine; at most 16.
+    pub disks: Vec<DiskConfig>,
+    /// How many of the last console bytes are kept, 1 KiB to 16 MiB. Default 64 KiB.
+    pub console_bytes: u32,
+    /// How long operations may take.
+    pub timeouts: Timeouts,
+}
+
+/// A disk of the host, mounted in the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// The host file that holds the disk. One that does not exist is made, unless `read_only`.
+    pub path: PathBuf,
+    /// The size of a disk that is made. Default 64 MiB.
+    #[serde(default = "default_disk_size")]
+    pub size: Mib,
+    /// Refuse all writes of the guest. Default false.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Where the guest sees the disk's files: an absolute, normalised path other than `/`.
+    pub mount: String,
+}
+
+fn default_disk_size() -> Mib {
+    Mib(64)
+}
+
+impl DiskConfig {
+    /// Describes a writable disk of default size.
+    #[must_use]
+    pub fn new(path: impl Into<PathBuf>, mount: impl Into<String>) -> Self {
+        Self { path: path.into(), size: default_disk_size(), read_only: false, mount: mount.into() }
+    }
+}
+
+/// How long operations may take, on the backend's clock. All must be above zero.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Timeouts {
+    /// `start`, until the handshake is complete. Default 60 s.
+    pub boot: Duration,
+    /// `pause` and `resume`. Default 10 s.
+    pub pause: Duration,
+    /// `snapshot`, `restore` and `fork`. Default 60 s.
+    pub capture: Duration,
+    /// `ping` and every operation on files and processes but waiting for a program's end, which the request's own
+    /// timeout limits. Default 30 s; reading and writing whole files has this long for every MiB.
+    pub request: Duration,
+    /// How long the agent may be out of reach before what waits for it fails as Disconnected. Default 10 s.
+    pub link: Duration,
+    /// How long a machine may take to die once it is killed. Default 10 s.
+    pub kill: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            boot: Duration::from_secs(60),
+            pause: Duration::from_secs(10),
+            capture: Duration::from_secs(60),
+            request: Duration::from_secs(30),
+            link: Duration::from_secs(10),
+            kill: Duration::from_secs(10),
+        }
+    }
+}
+
+impl Default for VmConfig {
+    fn default() -> Self {
+        Self {
+            name: None,
+            labels: BTreeMap::new(),
+            vcpus: 1,
+            memory: Mib(128),
+            hostname: "twinvm".to_owned(),
+            env: BTreeMap::new(),
+            disks: Vec::new(),
+            console_bytes: 64 << 10,
+            timeouts: Timeouts::default(),
+        }
+    }
+}
+
+/// What a host offers; configurations are checked against it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostLimits {
+    /// The most vCPUs that one machine may have.
+    pub max_vcpus: u8,
+    /// The most memory that one machine may have.
+    pub max_memory: Mib,
+}
+
+impl VmConfig {
+    /// The least memory that a guest boots in.
+    pub const MIN_MEMORY: Mib = Mib(64);
+    /// The most disks.
+    pub const MAX_DISKS: usize = 16;
+
+    /// Starts from the defaults.
+    #[must_use]
+    pub fn builder() -> VmConfigBuilder {
+        VmConfigBuilder(Self::default())
+    }
+
+    /// Checks everything that can be checked without a host.
+    ///
+    /// # Errors
+    /// [`VmErrorKind::InvalidConfig`] for the first bad field.
+    pub fn validate(&self) -> Result<(), VmErrorKind> {
+        if let Some(name) = &self.name {
+            check_word("name", name, 64, "-_.")?;
+        }
+        check_word("hostname", &self.hostname, 63, "-")?;
+        if self.hostname.starts_with('-') || self.hostname.ends_with('-') {
+            return Err(VmErrorKind::invalid("hostname", "must not begin or end with `-`"));
+        }
+        if self.vcpus == 0 {
+            return Err(VmErrorKind::invalid("vcpus", "0 given, at least 1 is needed"));
+        }
+        if self.memory < Self::MIN_MEMORY {
+            return Err(VmErrorKind::invalid(
+                "memory",
+                format!("{} given, a guest needs at least {}", self.memory, Self::MIN_MEMORY),
+            ));
+        }
+        check_env("env", &self.env)?;
+        if !(1 << 10..=16 << 20).contains(&self.console_bytes) {
+            return Err(VmErrorKind::invalid(
+                "console_bytes",
+                format!("{} given, 1024 to 16777216 are allowed", self.console_bytes),
+            ));
+        }
+        self.timeouts.validate()?;
+        self.validate_disks()
+    }
+
+    /// Checks the configuration against what a host offers, after [`validate`](Self::validate).
+    ///
+    /// # Errors
+    /// [`VmErrorKind::InvalidConfig`] for the first bad field.
+    pub fn validate_for(&self, limits: &HostLimits) -> Result<(), VmErrorKind> {
+        self.validate()?;
+        if self.vcpus > limits.max_vcpus {
+            return Err(VmErrorKind::invalid(
+                "vcpus",
+                format!("{} given, this host allows at most {}", self.vcpus, limits.max_vcpus),
+            ));
+        }
+        if self.memory > limits.max_memory {
+            return Err(VmErrorKind::invalid(
+                "memory",
+                format!("{} given, this host allows at most {}", self.memory, limits.max_memory),
+            ));
+        }
+        Ok(())
+    }
+
+    fn validate_disks(&self) -> Result<(), VmErrorKind> {
+        if self.disks.len() > Self::MAX_DISKS {
+            let reason = format!("{} given, at most {}", self.disks.len(), Self::MAX_DISKS);
+            return Err(VmErrorKind::invalid("disks", reason));
+        }
+        for (index, disk) in self.disks.iter().enumerate() {
+            let field = |name: &str| format!("disks[{index}].{name}");
+            if disk.path.as_os_str().is_empty() {
+                return Err(VmErrorKind::invalid(field("path"), "empty"));
+            }
+            if disk.size == Mib(0) {
+                return Err(VmErrorKind::invalid(field("size"), "0 MiB"));
+            }
+            if !is_normal_absolute(&disk.mount) || disk.mount == "/" {
+                return Err(VmErrorKind::invalid(
+                    field("mount"),
+                    format!("`{}` is not an absolute, normalised path below `/`", disk.mount),
+                ));
+            }
+            for (other, earlier) in self.disks[..index].iter().enumerate() {
+                if earlier.path == disk.path {
+                    let reason = format!("the same file as disks[{other}]");
+                    return Err(VmErrorKind::invalid(field("path"), reason));
+                }
+                if within(&earlier.mount, &disk.mount) || within(&disk.mount, &earlier.mount) {
+                    let reason = format!("overlaps the mount of disks[{other}]");
+                    return Err(VmErrorKind::invalid(field("mount"), reason));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Timeouts {
+    fn validate(&self) -> Result<(), VmErrorKind> {
+        let all = [
+            ("boot", self.boot),
+            ("pause", self.pause),
+            ("capture", self.capture),
+            ("request", self.request),
+            ("link", self.link),
+            ("kill", self.kill),
+        ];
+        match all.iter().find(|(_, timeout)| timeout.is_zero()) {
+            Some((name, _)) => {
+                Err(VmErrorKind::invalid(format!("timeouts.{name}"), "must be above zero"))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// Puts a [`VmConfig`] together.
+#[derive(Clone, Debug, Default)]
+pub struct VmConfigBuilder(VmConfig);
+
+impl VmConfigBuilder {
+    /// Sets the name for people.
+    #[must_use]
+    pub fn with_name(mut self, name: impl Into<String>) -> Self {
+        self.0.name = Some(name.into());
+        self
+    }
+
+    /// Adds a label.
+    #[must_use]
+    pub fn with_label(mut self, key: impl Into<String>, value: impl Into<String>) -> Self {
+        self.0.labels.insert(key.into(), value.into());
+        self
+    }
+
+    /// Sets how many vCPUs.
+    #[must_use]
+    pub fn with_vcpus(mut self, vcpus: u8) -> Self {
+        self.0.vcpus = vcpus;
+        self
+    }
+
+    /// Sets how much memory.
+    #[must_use]
+    pub fn with_memory(mut self, memory: Mib) -> Self {
+        self.0.memory = memory;
+        self
+    }
+
+    /// Sets the guest's host name.
+    #[must_use]
+    pub fn with_hostname(mut self, hostname: impl Into<String>) -> Self {
+        self.0.hostname = hostname.into();
+        self
+    }
+
+    /// Sets a variable of the environment of every program.
+    #[must_use]
+    pub fn with_env(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.0.env.insert(name.into(), value.into());
+        self
+    }
+
+    /// Adds a disk.
+    #[must_use]
+    pub fn with_disk(mut self, disk: DiskConfig) -> Self {
+        self.0.disks.push(disk);
+        self
+    }
+
+    /// Sets how many console bytes are kept.
+    #[must_use]
+    pub fn with_console_bytes(mut self, bytes: u32) -> Self {
+        self.0.console_bytes = bytes;
+        self
+    }
+
+    /// Sets how long operations may take.
+    #[must_use]
+    pub fn with_timeouts(mut self, timeouts: Timeouts) -> Self {
+        self.0.timeouts = timeouts;
+        self
+    }
+
+    /// Checks the configuration and gives it out.
+    ///
+    /// # Errors
+    /// [`VmErrorKind::InvalidConfig`] for the first bad field.
+    pub fn build(self) -> Result<VmConfig, VmError> {
+        self.0.validate().map_err(|kind| VmError::new(Operation::Create, kind))?;
+        Ok(self.0)
+    }
+}
+
+/// Says whether `path` is absolute and without `.`, `..`, empty parts, a trailing slash or a NUL.
+#[must_use]
+pub fn is_normal_absolute(path: &str) -> bool {
+    let Some(rest) = path.strip_prefix('/') else {
+        return false;
+    };
+    !path.contains('\0')
+        && (rest.is_empty() || rest.split('/').all(|part| !matches!(part, "" | "." | "..")))
+}
+
+fn within(inner: &str, outer: &str) -> bool {
+    inner.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
+fn check_word(field: &str, word: &str, most: usize, extra: &str) -> Result<(), VmErrorKind> {
+    let fits = (1..=most).contains(&word.len());
+    if fits && word.chars().all(|c| c.is_ascii_alphanumeric() || extra.contains(c)) {
+        return Ok(());
+    }
+    let reason =
+        format!("`{word}` is not 1 to {most} characters out of letters, digits and `{extra}`");
+    Err(VmErrorKind::invalid(field, reason))
+}
+
+/// Checks that an environment can be given to a Linux program.
+///
+/// # Errors
+/// [`VmErrorKind::InvalidConfig`] naming the variable.
+pub fn check_env(field: &str, env: &BTreeMap<String, String>) -> Result<(), VmErrorKind> {
+    for (name, value) in env {
+        if name.is_empty() || name.contains(['=', '\0']) {
+            let reason = format!("`{name}` cannot name a variable");
+            return Err(VmErrorKind::invalid(field, reason));
+        }
+        if value.contains('\0') {
+            return Err(VmErrorKind::invalid(format!("{field}.{name}"), "contains a NUL byte"));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(config: &VmConfig) -> String {
+        match config.validate_for(&HostLimits { max_vcpus: 8, max_memory: Mib(4096) }) {
+            Err(VmErrorKind::InvalidConfig { field, .. }) => field,
+            other => format!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn each_bad_field_is_named() {
+        type Change = fn(&mut VmConfig);
+        let disk = |mount: &str| DiskConfig::new("d", mount);
+        let changes: &[(&str, Change)] = &[
+            ("name", |c| c.name = Some(String::new())),
+            ("name", |c| c.name = Some("a b".into())),
+            ("name", |c| c.name = Some("x".repeat(65))),
+            ("hostname", |c| c.hostname = String::new()),
+            ("hostname", |c| c.hostname = "-a".into()),
+            ("hostname", |c| c.hostname = "a_b".into()),
+            ("vcpus", |c| c.vcpus = 0),
+            ("vcpus", |c| c.vcpus = 9),
+            ("memory", |c| c.memory = Mib(0)),
+            ("memory", |c| c.memory = Mib(63)),
+            ("memory", |c| c.memory = Mib(4097)),
+            ("memory", |c| c.memory = Mib(u32::MAX)),
+            ("env", |c| {
+                c.env.insert("A=B".into(), String::new());
+            }),
+            ("env.A", |c| {
+                c.env.insert("A".into(), "\0".into());
+            }),
+            ("console_bytes", |c| c.console_bytes = 1023),
+            ("console_bytes", |c| c.console_bytes = (16 << 20) + 1),
+            ("timeouts.boot", |c| c.timeouts.boot = Duration::ZERO),
+            ("timeouts.pause", |c| c.timeouts.pause = Duration::ZERO),
+            ("timeouts.capture", |c| c.timeouts.capture = Duration::ZERO),
+            ("timeouts.request", |c| c.timeouts.request = Duration::ZERO),
+            ("timeouts.link", |c| c.timeouts.link = Duration::ZERO),
+            ("timeouts.kill", |c| c.timeouts.kill = Duration::ZERO),
+        ];
+        for (field, change) in changes {
+            let mut config = VmConfig::default();
+            change(&mut config);
+            assert_eq!(refused(&config), *field);
+        }
+        for (field, disks) in [
+            (
+                "disks",
+                (0..17).map(|n| DiskConfig::new(format!("d{n}"), format!("/m{n}"))).collect(),
+            ),
+            ("disks[0].path", vec![DiskConfig::new("", "/a")]),
+            ("disks[0].size", vec![DiskConfig { size: Mib(0), ..disk("/a") }]),
+            ("disks[0].mount", vec![disk("a")]),
+            ("disks[0].mount", vec![disk("/")]),
+            ("disks[0].mount", vec![disk("/a/../b")]),
+            ("disks[0].mount", vec![disk("/a/")]),
+            ("disks[1].path", vec![disk("/a"), disk("/b")]),
+            ("disks[1].mount", vec![disk("/a"), DiskConfig::new("e", "/a/b")]),
+        ] {
+            let config = VmConfig { disks, ..VmConfig::default() };
+            assert_eq!(refused(&config), field);
+        }
+    }
+
+    #[test]
+    fn missing_fields_have_their_defaults_and_unknown_ones_are_refused() {
+        let config: VmConfig = serde_json::from_str("{}").unwrap();
+        assert_eq!(config, VmConfig::default());
+        let config: VmConfig =
+            serde_json::from_str(r#"{"disks":[{"path":"d","mount":"/d"}],"vcpus":2}"#).unwrap();
+        assert_eq!((config.vcpus, config.disks[0].size), (2, Mib(64)));
+        assert!(serde_json::from_str::<VmConfig>(r#"{"vcpu":2}"#).is_err());
+        let text = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<VmConfig>(&text).unwrap(), config);
+    }
+}

@@ -1,0 +1,102 @@
+//! Captured machine states.
+
+use crate::{
+    config::Mib,
+    id::{SnapshotId, VmId},
+};
+use serde::{Deserialize, Serialize};
+use std::{path::PathBuf, time::Duration};
+
+/// A handle to a captured state, kept in a file of the backend's host.
+///
+/// The handle is plain data: it can be stored and used by another process. Its metadata is a copy; what counts is
+/// in the file and is verified when the snapshot is used.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Snapshot {
+    /// Where it is kept.
+    pub path: PathBuf,
+    /// What it holds.
+    pub metadata: SnapshotMetadata,
+}
+
+impl Snapshot {
+    /// Puts a handle together; for backends.
+    #[must_use]
+    pub fn new(path: PathBuf, metadata: SnapshotMetadata) -> Self {
+        Self { path, metadata }
+    }
+}
+
+/// What a snapshot holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotMetadata {
+    /// Its name.
+    pub id: SnapshotId,
+    /// The machine that it was taken from.
+    pub vm: VmId,
+    /// The kind of backend that wrote it.
+    pub backend: String,
+    /// When, since the Unix epoch, on the host's clock.
+    pub taken_at: Duration,
+    /// The guest's architecture.
+    pub arch: String,
+    /// How many vCPUs the machine has.
+    pub vcpus: u8,
+    /// How much memory the machine has.
+    pub memory: Mib,
+    /// Free text of its owner.
+    #[serde(default)]
+    pub label: Option<String>,
+}
+
+/// How a snapshot is to be taken.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+#[non_exhaustive]
+pub struct SnapshotOptions {
+    /// The file to write. Default a new one in the backend's snapshot directory. A file that stands there is
+    /// replaced once the new one is whole.
+    pub path: Option<PathBuf>,
+    /// Free text to keep in the metadata.
+    pub label: Option<String>,
+}
+
+impl SnapshotOptions {
+    /// Sets the file to write.
+    #[must_use]
+    pub fn with_path(mut self, path: impl Into<PathBuf>) -> Self {
+        self.path = Some(path.into());
+        self
+    }
+
+    /// Sets the free text.
+    #[must_use]
+    pub fn with_label(mut self, label: impl Into<String>) -> Self {
+        self.label = Some(label.into());
+        self
+    }
+}
+
+/// How a snapshot is to be restored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+#[non_exhaustive]
+pub struct RestoreOptions {
+    /// Let the guest run at once; else it stands still in Paused. Default false.
+    pub resume: bool,
+}
+
+impl RestoreOptions {
+    /// Asks for a machine that runs.
+    #[must_use]
+    pub fn running() -> Self {
+        Self { resume: true }
+    }
+
+    /// Asks for a machine that stands still.
+    #[must_use]
+    pub fn paused() -> Self {
+        Self { resume: false }
+    }
+}
