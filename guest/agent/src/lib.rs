@@ -1,1 +1,4 @@
-//! Under construction.
+//! The twinvm guest agent: a state machine over a guest's system calls, and its Linux form.
+#![forbid(unsafe_code)]
+
+pub mod os;
