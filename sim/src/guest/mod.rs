@@ -1,0 +1,33 @@
+//! [`SimOs`]: an in-memory operating system that behaves as a small Linux with BusyBox does.
+//!
+//! It implements [`GuestOs`](vm_guest_agent::os::GuestOs), so the real agent core runs on it. Everything in it,
+//! running processes included, is a value: it can be cloned, saved and loaded, and goes on exactly where it was.
+//! Nothing in it reads a clock, draws randomness or starts a thread of the host.
+//!
+//! # Map of the module
+//!
+//! | module | what it holds |
+//! | --- | --- |
+//! | [`program`] | [`GuestProgram`]s and their registry |
+//! | [`syscalls`] | [`Syscalls`], what a program asks of the kernel |
+//! | [`fault`] | hooks by which a fault plan makes system calls go wrong |
+//! | [`disk`] | [`DiskImage`], what of a disk survives a crash |
+//!
+//! A guest's file system is held as the difference to an immutable base image that all guests share, which makes a
+//! fresh guest cheap to create and an idle one small to save.
+
+mod agent_os;
+mod applets;
+pub mod disk;
+pub mod fault;
+mod kernel;
+pub mod program;
+mod rope;
+pub mod syscalls;
+mod tree;
+
+pub use disk::{DiskImage, DiskSetup};
+pub use fault::{OsFault, OsFaults, SysCall};
+pub use kernel::{LoadError, OsConfig, OsEvent, RunReport, SetupError, SimOs};
+pub use program::{GuestProgram, ProgramRegistry, Step, WaitFor};
+pub use syscalls::Syscalls;
