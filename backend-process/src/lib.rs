@@ -1,1 +1,1 @@
-//! Under construction.
+//! The real guest agent as an ordinary host process, for tests.

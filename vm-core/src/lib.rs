@@ -1,1 +1,22 @@
-//! Under construction.
+//! The one [`VmInstance`](vm_trait::VmInstance) implementation behind every twinvm backend.
+//!
+//! A backend supplies a [`Hypervisor`](machine::Hypervisor), and gets the lifecycle, deadlines, cancellation, the agent
+//! client, the snapshot container and fork from here; they are the same code under simulation.
+//!
+//! # Map of the crate
+//!
+//! | module | what it holds |
+//! | --- | --- |
+//! | [`machine`] | the seam to the hypervisor |
+//! | [`env`](mod@env) | the seam to clock, tasks and randomness |
+//! | [`host_fs`] | the seam to the host's file system |
+//! | [`observe`] | what the core reports of its work |
+//! | [`fault`] | the vocabulary of faults |
+#![forbid(unsafe_code)]
+
+pub mod backend;
+pub mod env;
+pub mod fault;
+pub mod host_fs;
+pub mod machine;
+pub mod observe;

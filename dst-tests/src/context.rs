@@ -1,0 +1,275 @@
+//! What a check has at hand.
+
+use crate::clause::{Broken, Verdict};
+use bytes::Bytes;
+use futures_util::FutureExt;
+use rand_chacha::{
+    ChaCha8Rng,
+    rand_core::{Rng, SeedableRng},
+};
+use std::{
+    fmt,
+    future::Future,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+use tokio::sync::oneshot;
+use vm_core::{
+    env::{Env, timeout},
+    fault::{FaultControl, FaultKind, FaultOrder},
+};
+use vm_trait::{Capabilities, Capability, VmBackend, VmConfig, VmInstance, VmResult};
+
+/// A backend, opened for one run of one clause.
+#[derive(Clone)]
+pub struct Setup {
+    /// The backend.
+    pub backend: Arc<dyn VmBackend>,
+    /// Its clock, tasks and randomness.
+    pub env: Arc<dyn Env>,
+    /// How faults are made to happen, where they can be.
+    pub faults: Option<Arc<dyn FaultControl>>,
+    /// Gives a directory of the guest that a check may write in, without a slash at its end.
+    pub scratch: fn(&dyn VmInstance) -> String,
+    /// Lists what is left on the host once every handle is dropped; empty where nothing is. It is asked again for a
+    /// while before what it says is held against the backend.
+    pub leftovers: Arc<dyn Fn() -> Vec<String> + Send + Sync>,
+}
+
+/// What a check has at hand: the backend, generated inputs, time and faults.
+pub struct Context {
+    setup: Setup,
+    seed: u64,
+    rng: Mutex<ChaCha8Rng>,
+}
+
+impl Context {
+    /// Makes the context of one run. Inputs are drawn from `seed` and the clause's id.
+    #[must_use]
+    pub fn new(setup: Setup, seed: u64, clause: &str) -> Self {
+        // FNV-1a: the same stream on every machine and in every version of Rust.
+        let salt = clause.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+        let rng = ChaCha8Rng::seed_from_u64(seed ^ salt);
+        Self { setup, seed, rng: Mutex::new(rng) }
+    }
+
+    /// Gives the backend.
+    #[must_use]
+    pub fn backend(&self) -> &dyn VmBackend {
+        &*self.setup.backend
+    }
+
+    /// Gives the environment.
+    #[must_use]
+    pub fn env(&self) -> &Arc<dyn Env> {
+        &self.setup.env
+    }
+
+    /// Gives the seed.
+    #[must_use]
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// Gives what the backend can do.
+    #[must_use]
+    pub fn capabilities(&self) -> Capabilities {
+        self.setup.backend.capabilities()
+    }
+
+    /// Says whether the backend can do this.
+    #[must_use]
+    pub fn has(&self, capability: Capability) -> bool {
+        self.capabilities().has(capability)
+    }
+
+    /// Makes a machine of default configuration, in Created.
+    ///
+    /// # Errors
+    /// The backend's.
+    pub async fn created(&self) -> VmResult<Arc<dyn VmInstance>> {
+        self.setup.backend.create(VmConfig::default()).await
+    }
+
+    /// Makes a machine of default configuration and starts it.
+    ///
+    /// # Errors
+    /// The backend's.
+    pub async fn running(&self) -> VmResult<Arc<dyn VmInstance>> {
+        let vm = self.created().await?;
+        vm.start().await?;
+        Ok(vm)
+    }
+
+    /// Gives a directory of the guest to write in, without a slash at its end.
+    #[must_use]
+    pub fn scratch(&self, vm: &dyn VmInstance) -> String {
+        (self.setup.scratch)(vm)
+    }
+
+    /// Draws a number of `low..=high`.
+    #[must_use]
+    pub fn draw(&self, low: u64, high: u64) -> u64 {
+        let span = high.saturating_sub(low).saturating_add(1);
+        let number = self.with_rng(Rng::next_u64);
+        if span == 0 { number } else { low + number % span }
+    }
+
+    /// Draws an index below `length`.
+    ///
+    /// # Panics
+    /// When `length` is 0.
+    #[must_use]
+    pub fn index(&self, length: usize) -> usize {
+        let last = u64::try_from(length).expect("a length").checked_sub(1).expect("not empty");
+        usize::try_from(self.draw(0, last)).expect("below a length")
+    }
+
+    /// Draws one of `choices`.
+    ///
+    /// # Panics
+    /// When there are none.
+    #[must_use]
+    pub fn pick<T: Clone>(&self, choices: &[T]) -> T {
+        choices[self.index(choices.len())].clone()
+    }
+
+    /// Draws true once in `n` times.
+    #[must_use]
+    pub fn one_in(&self, n: u64) -> bool {
+        self.draw(1, n) == 1
+    }
+
+    /// Draws `length` bytes.
+    #[must_use]
+    pub fn bytes(&self, length: usize) -> Bytes {
+        let mut bytes = vec![0; length];
+        self.with_rng(|rng| rng.fill_bytes(&mut bytes));
+        bytes.into()
+    }
+
+    /// Draws text of at most `most` characters, of every kind but NUL: spaces, newlines, quotes, other alphabets.
+    #[must_use]
+    pub fn text(&self, most: u64) -> String {
+        const ODD: &[char] = &[
+            ' ',
+            '\n',
+            '\t',
+            '\'',
+            '"',
+            '\\',
+            '$',
+            '`',
+            '*',
+            '%',
+            ';',
+            '&',
+            '|',
+            '\u{e9}',
+            '\u{4e2d}',
+            '\u{1f980}',
+            '\u{7f}',
+            '-',
+            '=',
+        ];
+        let length = self.draw(0, most);
+        (0..length)
+            .map(|_| if self.one_in(3) { self.pick(ODD) } else { self.pick(&['a', 'B', '7', '_']) })
+            .collect()
+    }
+
+    /// Gives the time on the backend's clock.
+    #[must_use]
+    pub fn now(&self) -> Duration {
+        self.setup.env.now()
+    }
+
+    /// Waits on the backend's clock.
+    pub async fn sleep(&self, duration: Duration) {
+        self.setup.env.sleep(duration).await;
+    }
+
+    /// Waits for `future`, and calls the promise broken if that takes longer than `limit`.
+    ///
+    /// # Errors
+    /// [`Broken`] naming `what`.
+    pub async fn within<F: Future>(
+        &self,
+        limit: Duration,
+        what: &str,
+        future: F,
+    ) -> Result<F::Output, Broken> {
+        timeout(&*self.setup.env, limit, future)
+            .await
+            .map_err(|_| Broken::new(format!("{what} took longer than {limit:?}")))
+    }
+
+    /// Runs a task beside the check, and gives a handle to wait for its output.
+    pub fn spawn<T: Send + 'static>(
+        &self,
+        task: impl Future<Output = T> + Send + 'static,
+    ) -> Task<T> {
+        let (send, receive) = oneshot::channel();
+        let task = task.map(|output| {
+            let _ = send.send(output);
+        });
+        self.setup.env.spawn("clause", Box::pin(task));
+        Task(receive)
+    }
+
+    /// Says whether this kind of fault can be made to happen.
+    #[must_use]
+    pub fn can_fault(&self, kind: FaultKind) -> bool {
+        self.setup.faults.as_ref().is_some_and(|faults| faults.can(kind))
+    }
+
+    /// Orders a fault, and calls the promise broken where that is refused.
+    ///
+    /// # Errors
+    /// [`Broken`] with the reason.
+    pub fn fault(&self, order: FaultOrder) -> Verdict {
+        match &self.setup.faults {
+            Some(faults) => faults.order(order).map_err(|refused| Broken::new(refused.to_string())),
+            None => Err(Broken::new("this target cannot make faults happen")),
+        }
+    }
+
+    /// Counts how often a fault has happened.
+    #[must_use]
+    pub fn fired(&self, kind: FaultKind) -> u64 {
+        let faults = self.setup.faults.as_ref();
+        faults.and_then(|faults| faults.fired().get(&kind).copied()).unwrap_or(0)
+    }
+
+    /// Lists what is left on the host.
+    #[must_use]
+    pub fn leftovers(&self) -> Vec<String> {
+        (self.setup.leftovers)()
+    }
+
+    fn with_rng<T>(&self, draw: impl FnOnce(&mut ChaCha8Rng) -> T) -> T {
+        draw(&mut self.rng.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// A task that runs beside a check.
+#[derive(Debug)]
+pub struct Task<T>(oneshot::Receiver<T>);
+
+impl<T> Task<T> {
+    /// Waits for the task's output.
+    ///
+    /// # Errors
+    /// [`Broken`] where the task panicked.
+    pub async fn join(self) -> Result<T, Broken> {
+        self.0.await.map_err(|_| Broken::new("a task of the check panicked"))
+    }
+}
+
+impl fmt::Debug for Context {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Context").field("seed", &self.seed).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,256 @@
+//! [`Hypervisor`] and [`Machine`]: what is below the one implementation of the trait.
+//!
+//! A machine is one life of a virtual machine: it is made, boots or is loaded, and dies; starting again makes another.
+//! Implementations do as they are told and report truthfully. Order, deadlines, pre-emption, cancellation and states
+//! are decided above them.
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use std::{fmt, sync::Arc, time::Duration};
+use tokio::io::{AsyncRead, AsyncWrite};
+use vm_trait::{Capabilities, CrashReason, HostLimits, VmConfig, VmId};
+
+/// Makes machines of one kind.
+#[async_trait]
+pub trait Hypervisor: Send + Sync + fmt::Debug {
+    /// Gives the short name of the backend; snapshots carry it.
+    fn name(&self) -> &str;
+
+    /// Gives the guest architecture as Rust names it (`x86_64`).
+    fn arch(&self) -> &str;
+
+    /// Gives what its machines can do.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Gives the limits of this host.
+    fn limits(&self) -> HostLimits;
+
+    /// Checks what only this hypervisor can check of a configuration.
+    ///
+    /// # Errors
+    /// [`MachineError::Config`].
+    fn check(&self, _config: &VmConfig) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    /// Makes a machine that does not run yet. When the future is dropped, nothing is left of it.
+    ///
+    /// # Errors
+    /// [`MachineError::Exhausted`] and others.
+    async fn create(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>, MachineError>;
+}
+
+/// What a machine is made for.
+#[derive(Clone, Debug)]
+pub struct MachineSpec {
+    /// The VM whose life this is.
+    pub vm: VmId,
+    /// Counts the VM's lives, from 1.
+    pub life: u64,
+    /// The VM's configuration, already validated.
+    pub config: Arc<VmConfig>,
+}
+
+/// One life of a virtual machine.
+///
+/// Dropping the last reference ends it and frees everything that can be freed without waiting.
+#[async_trait]
+pub trait Machine: Send + Sync + fmt::Debug {
+    /// Enters the guest's kernel, and returns once guest code runs.
+    ///
+    /// # Errors
+    /// When it cannot.
+    async fn boot(&self) -> Result<(), MachineError>;
+
+    /// Stops all vCPUs. When the future is dropped, the machine is in either state; `status` tells.
+    ///
+    /// # Errors
+    /// When it cannot.
+    async fn pause(&self) -> Result<(), MachineError>;
+
+    /// Lets the vCPUs run.
+    ///
+    /// # Errors
+    /// When it cannot.
+    async fn resume(&self) -> Result<(), MachineError>;
+
+    /// Ends the machine by force, in any condition, any number of times. When it returns, no guest code runs and
+    /// nothing of the machine is left on the host.
+    ///
+    /// # Errors
+    /// Only when the host would not remove it.
+    async fn kill(&self) -> Result<(), MachineError>;
+
+    /// Waits for the machine's end, for any number of callers, also when it has ended already.
+    async fn wait(&self) -> MachineExit;
+
+    /// Says what the machine really does.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    async fn status(&self) -> Result<MachineStatus, MachineError>;
+
+    /// Dials the guest agent.
+    ///
+    /// # Errors
+    /// [`MachineError::NotListening`] until the agent listens: dial again.
+    async fn connect(&self) -> Result<Box<dyn Link>, MachineError>;
+
+    /// Writes the state of a paused machine, section by section.
+    ///
+    /// # Errors
+    /// When it cannot, or with the error of the sink.
+    async fn save(&self, sections: &mut dyn SectionSink) -> Result<(), MachineError>;
+
+    /// Puts a saved state into a machine that was not booted; it is then paused, and all the connections its guest
+    /// had are gone.
+    ///
+    /// # Errors
+    /// [`MachineError::Incompatible`], [`MachineError::Corrupt`] and others; the machine can then only be killed.
+    async fn load(&self, sections: &Sections) -> Result<(), MachineError>;
+
+    /// Makes copies of a paused machine, one for each spec, each paused, with none of the connections of this one,
+    /// and with private disks.
+    async fn fork(&self, specs: &[MachineSpec]) -> Vec<Result<Arc<dyn Machine>, MachineError>>;
+
+    /// Gives what can be counted.
+    ///
+    /// # Errors
+    /// When the machine does not answer.
+    async fn stats(&self) -> Result<MachineStats, MachineError>;
+
+    /// Gives the last bytes of the console, also after the end.
+    fn console(&self) -> Bytes;
+}
+
+/// A byte stream between the host and the guest agent.
+pub trait Link: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Link for T {}
+
+/// What a machine does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MachineStatus {
+    /// It was made and not booted or loaded.
+    Fresh,
+    /// Its vCPUs run.
+    Running,
+    /// Its vCPUs stand still.
+    Paused,
+    /// It has ended.
+    Ended,
+}
+
+/// How a machine ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MachineExit {
+    /// The guest powered off.
+    PoweredOff,
+    /// It was killed from above.
+    Killed,
+    /// It crashed.
+    Crashed(CrashReason),
+}
+
+/// What a machine counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MachineStats {
+    /// CPU time used.
+    pub cpu_time: Option<Duration>,
+    /// Memory that the guest uses, in bytes.
+    pub memory_used_bytes: Option<u64>,
+    /// Exits to the VMM.
+    pub vm_exits: Option<u64>,
+}
+
+/// Where a machine's state goes.
+#[async_trait]
+pub trait SectionSink: Send {
+    /// Begins a section; the one before it ends.
+    ///
+    /// # Errors
+    /// [`MachineError::HostIo`].
+    async fn begin(&mut self, name: &str) -> Result<(), MachineError>;
+
+    /// Appends to the section.
+    ///
+    /// # Errors
+    /// [`MachineError::HostIo`].
+    async fn write(&mut self, bytes: Bytes) -> Result<(), MachineError>;
+}
+
+/// A machine's state, verified, by section.
+#[derive(Clone, Debug, Default)]
+pub struct Sections(pub(crate) Vec<(String, Bytes)>);
+
+impl Sections {
+    /// Gives a section's bytes.
+    ///
+    /// # Errors
+    /// [`MachineError::Corrupt`] where there is none of that name.
+    pub fn get(&self, name: &str) -> Result<&Bytes, MachineError> {
+        self.find(name)
+            .ok_or_else(|| MachineError::Corrupt(format!("there is no section `{name}`")))
+    }
+
+    /// Gives a section's bytes, if there is one of that name.
+    #[must_use]
+    pub fn find(&self, name: &str) -> Option<&Bytes> {
+        self.0.iter().find(|(known, _)| known == name).map(|(_, bytes)| bytes)
+    }
+
+    /// Walks through the sections in the order in which they were written.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Bytes)> {
+        self.0.iter().map(|(name, bytes)| (name.as_str(), bytes))
+    }
+}
+
+/// How a machine failed; mapped to [`VmErrorKind`](vm_trait::VmErrorKind) in one place.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum MachineError {
+    /// A field of the configuration cannot be had here.
+    #[error("invalid {field}: {reason}")]
+    Config {
+        /// The field.
+        field: String,
+        /// Why not.
+        reason: String,
+    },
+    /// This kind of machine cannot do it.
+    #[error("not supported: {0}")]
+    Unsupported(String),
+    /// The host ran out of something.
+    #[error("out of {0}")]
+    Exhausted(String),
+    /// The agent does not listen yet.
+    #[error("the agent does not listen yet")]
+    NotListening,
+    /// The machine has ended.
+    #[error("the machine has ended")]
+    Ended,
+    /// A state that cannot be used here.
+    #[error("{field} is {found}, wanted {wanted}")]
+    Incompatible {
+        /// Which field differs.
+        field: String,
+        /// What the state says.
+        found: String,
+        /// What is needed.
+        wanted: String,
+    },
+    /// A state that makes no sense.
+    #[error("damaged state: {0}")]
+    Corrupt(String),
+    /// The host's file system failed.
+    #[error("host file {path}: {reason}")]
+    HostIo {
+        /// The file.
+        path: String,
+        /// What it answered.
+        reason: String,
+    },
+    /// The machine could not do what it was told.
+    #[error("{0}")]
+    Failed(String),
+}
