@@ -33,19 +33,6 @@ pub enum Channel {
     Stderr = 2,
 }
 
-/// What the host asks of a running process.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Control {
-    /// Send this signal to the process group.
-    Signal(u8),
-    /// Kill the process group, and forget the process once it is gone.
-    Kill,
-    /// Set the size of the terminal.
-    Resize(TermSize),
-    /// Keep the process when the stream is closed.
-    Detach,
-}
-
 /// One frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Frame {
@@ -84,8 +71,6 @@ pub enum Frame {
         /// Bytes beyond `consumed` that may be sent.
         window: u32,
     },
-    /// Host: asks something of the stream's process.
-    Control(Control),
     /// Agent: the request has ended well.
     Done(Reply),
     /// Agent: the request has failed.
@@ -122,11 +107,10 @@ mod kind {
     pub(super) const DATA: u8 = 6;
     pub(super) const EOF: u8 = 7;
     pub(super) const CREDIT: u8 = 8;
-    pub(super) const CONTROL: u8 = 9;
-    pub(super) const DONE: u8 = 10;
-    pub(super) const FAILED: u8 = 11;
-    pub(super) const EXITED: u8 = 12;
-    pub(super) const CLOSE: u8 = 13;
+    pub(super) const DONE: u8 = 9;
+    pub(super) const FAILED: u8 = 10;
+    pub(super) const EXITED: u8 = 11;
+    pub(super) const CLOSE: u8 = 12;
 }
 
 /// Appends a frame to `out`.
@@ -144,7 +128,6 @@ pub fn encode(stream: StreamId, frame: &Frame, out: &mut BytesMut) {
         Frame::Refused(it) => put(it, out),
         Frame::Open(it) => put(it, out),
         Frame::Started(it) => put(it, out),
-        Frame::Control(it) => put(it, out),
         Frame::Done(it) => put(it, out),
         Frame::Failed(it) => put(it, out),
         Frame::Exited(it) => put(it, out),
@@ -231,7 +214,6 @@ fn type_of(frame: &Frame) -> u8 {
         Frame::Data { .. } => kind::DATA,
         Frame::Eof { .. } => kind::EOF,
         Frame::Credit { .. } => kind::CREDIT,
-        Frame::Control(_) => kind::CONTROL,
         Frame::Done(_) => kind::DONE,
         Frame::Failed(_) => kind::FAILED,
         Frame::Exited(_) => kind::EXITED,
@@ -272,7 +254,6 @@ fn decode(kind: u8, payload: &[u8]) -> Result<Frame, DecodeError> {
         kind::REFUSED => Frame::Refused(all(kind, payload)?),
         kind::OPEN => Frame::Open(all(kind, payload)?),
         kind::STARTED => Frame::Started(all(kind, payload)?),
-        kind::CONTROL => Frame::Control(all(kind, payload)?),
         kind::DONE => Frame::Done(all(kind, payload)?),
         kind::FAILED => Frame::Failed(all(kind, payload)?),
         kind::EXITED => Frame::Exited(all(kind, payload)?),

@@ -29,7 +29,7 @@
 pub mod frame;
 pub mod message;
 
-pub use frame::{Channel, Control, DecodeError, Decoder, Frame, StreamId, encode};
+pub use frame::{Channel, DecodeError, Decoder, Frame, StreamId, encode};
 pub use message::{
     EntryKind, ExecSpec, GuestError, GuestErrorKind, Hello, ListedDir, ProcessEntry, ProcessExit,
     Refusal, Reply, Request, Started, StatEntry, TermSize, UserSpec, Welcome,

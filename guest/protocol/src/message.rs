@@ -12,6 +12,9 @@ pub struct Hello {
     pub session: u128,
     /// Whether the host goes on with a session that was open before, or begins one.
     pub resume: bool,
+    /// On `resume`: the streams that the host still holds. The agent treats every other stream of the session as if
+    /// it had received its [`Close`](crate::Frame::Close), which may have been lost with the connection.
+    pub live: Vec<u32>,
 }
 
 /// The agent's answer to [`Hello`].
@@ -53,6 +56,26 @@ pub enum Request {
     },
     /// Answer with [`Reply::Processes`].
     Processes,
+    /// Send a signal to a process's group, exactly once however often the connection is lost. `Done` also when the
+    /// process has ended; `NoSuchProcess` when it is unknown.
+    Signal {
+        /// The process.
+        process: u64,
+        /// The signal, 1 to 64.
+        signal: u8,
+    },
+    /// Set the size of a process's terminal; `InvalidArgument` where it has none.
+    Resize {
+        /// The process.
+        process: u64,
+        /// The size.
+        size: TermSize,
+    },
+    /// Keep a process when the stream that it belongs to is closed. `Done` also when it has ended.
+    Detach {
+        /// The process.
+        process: u64,
+    },
     /// Read a file: `Started`, `Data` and `Eof` on [`Channel::Stdout`](crate::Channel::Stdout), then `Done`.
     ReadFile {
         /// The file.
