@@ -7,13 +7,11 @@
 //! | 4 | length of the payload |
 //! | 4 | stream id, 0 for the handshake |
 //! | 1 | type |
-//! | n | payload: raw for `Data`, `Eof`, `Credit` and `Close`, postcard for the rest |
+//! | n | payload: raw for `Data`, `Eof` and `Credit`, nothing for `Close`, postcard for the rest |
 
 use crate::{
-    MAX_DATA, MAX_PAYLOAD,
-    message::{
-        GuestError, Hello, ProcessExit, Refusal, Reply, Request, Started, TermSize, Welcome,
-    },
+    MAX_DATA, MAX_PAYLOAD, PROTOCOL_VERSION,
+    message::{GuestError, Hello, ProcessExit, Refusal, Reply, Request, Started, Welcome},
 };
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -97,6 +95,8 @@ pub enum DecodeError {
 }
 
 const HEADER: usize = 9;
+/// Channel and offset, which begin the payload of `Data`, `Eof` and `Credit`.
+const RAW: usize = 9;
 
 mod kind {
     pub(super) const HELLO: u8 = 1;
@@ -116,7 +116,8 @@ mod kind {
 /// Appends a frame to `out`.
 ///
 /// # Panics
-/// When the frame's payload is above [`MAX_PAYLOAD`]; callers bound requests with [`fits`] first.
+/// When the frame's payload is above [`MAX_PAYLOAD`], or data is empty or above [`MAX_DATA`]; callers bound requests
+/// with [`fits`] first.
 pub fn encode(stream: StreamId, frame: &Frame, out: &mut BytesMut) {
     let start = out.len();
     out.put_u32_le(0);
@@ -131,11 +132,7 @@ pub fn encode(stream: StreamId, frame: &Frame, out: &mut BytesMut) {
         Frame::Done(it) => put(it, out),
         Frame::Failed(it) => put(it, out),
         Frame::Exited(it) => put(it, out),
-        Frame::Data { channel, offset, bytes } => {
-            out.put_u8(*channel as u8);
-            out.put_u64_le(*offset);
-            out.put_slice(bytes);
-        }
+        Frame::Data { channel, offset, bytes } => put_data(*channel, *offset, bytes, out),
         Frame::Eof { channel, offset } => {
             out.put_u8(*channel as u8);
             out.put_u64_le(*offset);
@@ -147,10 +144,27 @@ pub fn encode(stream: StreamId, frame: &Frame, out: &mut BytesMut) {
         }
         Frame::Close => {}
     }
-    let length = out.len() - start - HEADER;
-    assert!(length <= MAX_PAYLOAD, "frame of {length} bytes");
-    let length = u32::try_from(length).unwrap_or(u32::MAX);
-    out[start..start + 4].copy_from_slice(&length.to_le_bytes());
+    finish(start, out);
+}
+
+/// Appends a [`Frame::Data`] to `out` without a [`Bytes`] being made of it first.
+///
+/// # Panics
+/// When there are no bytes, or more than [`MAX_DATA`].
+pub fn encode_data(
+    stream: StreamId,
+    channel: Channel,
+    offset: u64,
+    bytes: &[u8],
+    out: &mut BytesMut,
+) {
+    let start = out.len();
+    out.reserve(HEADER + RAW + bytes.len());
+    out.put_u32_le(0);
+    out.put_u32_le(stream);
+    out.put_u8(kind::DATA);
+    put_data(channel, offset, bytes, out);
+    finish(start, out);
 }
 
 /// Says whether a request is small enough to be sent.
@@ -160,7 +174,9 @@ pub fn fits(request: &Request) -> bool {
 }
 
 /// Takes frames out of bytes as they arrive, in pieces of any size.
-#[derive(Clone, Debug, Default)]
+///
+/// It holds what was fed and not yet taken out: feed pieces of bounded size, and take all frames out between them.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Decoder {
     buffer: BytesMut,
 }
@@ -174,6 +190,12 @@ impl Decoder {
     /// Gives the buffer to read into.
     pub fn buffer_mut(&mut self) -> &mut BytesMut {
         &mut self.buffer
+    }
+
+    /// Gives how many bytes were fed and not yet taken out as frames.
+    #[must_use]
+    pub fn buffered(&self) -> usize {
+        self.buffer.len()
     }
 
     /// Takes the next whole frame out, or `None` until more bytes arrive.
@@ -221,6 +243,21 @@ fn type_of(frame: &Frame) -> u8 {
     }
 }
 
+fn put_data(channel: Channel, offset: u64, bytes: &[u8], out: &mut BytesMut) {
+    assert!((1..=MAX_DATA).contains(&bytes.len()), "data of {} bytes", bytes.len());
+    out.put_u8(channel as u8);
+    out.put_u64_le(offset);
+    out.put_slice(bytes);
+}
+
+/// Writes the payload's length into the frame that begins at `start`.
+fn finish(start: usize, out: &mut BytesMut) {
+    let length = out.len() - start - HEADER;
+    assert!(length <= MAX_PAYLOAD, "frame of {length} bytes");
+    let length = u32::try_from(length).unwrap_or(u32::MAX);
+    out[start..start + 4].copy_from_slice(&length.to_le_bytes());
+}
+
 fn put<T: Serialize>(value: &T, out: &mut BytesMut) {
     struct Sink<'a>(&'a mut BytesMut);
     impl postcard::ser_flavors::Flavor for Sink<'_> {
@@ -249,7 +286,13 @@ fn decode(kind: u8, payload: &[u8]) -> Result<Frame, DecodeError> {
         }
     }
     Ok(match kind {
-        kind::HELLO => Frame::Hello(all(kind, payload)?),
+        kind::HELLO => Frame::Hello(match postcard::take_from_bytes::<u16>(payload) {
+            // Another version may say more in its greeting; it must still be told which version is spoken here.
+            Ok((version, _)) if version != PROTOCOL_VERSION => {
+                Hello { version, session: 0, resume: false, live: Vec::new() }
+            }
+            _ => all(kind, payload)?,
+        }),
         kind::WELCOME => Frame::Welcome(all(kind, payload)?),
         kind::REFUSED => Frame::Refused(all(kind, payload)?),
         kind::OPEN => Frame::Open(all(kind, payload)?),
@@ -265,7 +308,7 @@ fn decode(kind: u8, payload: &[u8]) -> Result<Frame, DecodeError> {
 
 fn decode_raw(kind: u8, mut payload: &[u8]) -> Result<Frame, DecodeError> {
     let malformed = DecodeError::Malformed(kind);
-    if payload.len() < 9 {
+    if payload.len() < RAW {
         return Err(malformed);
     }
     let channel = match payload.get_u8() {
@@ -286,3 +329,6 @@ fn decode_raw(kind: u8, mut payload: &[u8]) -> Result<Frame, DecodeError> {
         _ => Err(malformed),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,16 +7,50 @@
 //! # Sessions
 //!
 //! A session outlives its connection. When the connection is lost, the host dials again and says `Hello` with the
-//! same session number; if the agent still knows it ([`Welcome::resumed`]), every stream goes on: the host repeats
-//! `Open` for streams it has not seen an answer on, which the agent does not carry out twice, and each side repeats
-//! the data that the other has not consumed. `Hello` with a new session number ends the old session: its file
-//! streams are dropped, its processes go on detached.
+//! same session number and [`Hello::resume`]; if the agent still knows the session ([`Welcome::resumed`]), every
+//! stream goes on. `Hello` with another session number, or without `resume`, ends the old session: its file streams
+//! are dropped, its processes go on detached. Either way the agent closes the connection that served before.
+//!
+//! What is to happen exactly once is asked for with [`Frame::Open`]: the agent carries out each stream number once in
+//! a session, and answers a repeated `Open` with what it answered, or would have answered, the first time. It keeps
+//! a stream's answer until `Close`, and whether `Close` came is told by [`Hello::live`]. A session's first `Hello` may
+//! say `resume` or not; `live` counts only where the session is resumed.
+//!
+//! # Resuming, step by step
+//!
+//! 1. The host says `Hello` with all streams that it still holds in [`Hello::live`]. The agent closes every other
+//!    stream of the session, as by `Close`, and answers [`Welcome`] with `resumed: true`. Then, for each stream whose standard input (or file
+//!    content) it still takes, it sends `Credit { Stdin, consumed, window }`. The host sends again all it has from
+//!    `consumed` on, in order, and `Eof` if it had sent it. This credit may come before the stream's `Started`.
+//! 2. The agent sends nothing more on a stream until the host has announced it. The host announces
+//!    - a stream on which it has seen no answer (neither `Started`, `Done` nor `Failed`) with the same `Open` as
+//!      before. The agent sends `Started` again where the request has one, and everything that follows it;
+//!    - every other stream on which it still waits for something with `Credit { Stdout, consumed, window }` and
+//!      `Credit { Stderr, consumed, window }`, both, where `consumed` is how far it has the channel without a gap;
+//!      files have `Stdout` only. The agent goes on with each channel from there. It repeats `Eof`, and the stream's
+//!      end (`Exited`, `Done`, `Failed`), even if it had sent them before; the host ignores repeats.
+//! 3. Data that overlaps what was received is trimmed by both sides; data that leaves a gap breaks the protocol.
 //!
 //! # Flow control
 //!
 //! Every byte of a channel has an offset. [`Frame::Credit`] says how far the receiver has consumed a channel and how
-//! many bytes beyond that it will hold. The sender keeps what is sent and not consumed, to repeat it after a loss;
-//! it never has more than the window in flight. A frame that breaks this ends the connection.
+//! many bytes beyond that it will hold. Until it is sent, the window is [`DEFAULT_WINDOW`] from the channel's first
+//! offset in [`Started`]. The sender keeps what is sent and not consumed, to repeat it after a loss; it never has more
+//! than the window in flight. A frame that breaks this ends the connection. `consumed` never goes back, and is never
+//! above what was sent. Standard input for a program that has closed it, has ended or was started without it is
+//! dropped, and credit for it goes on.
+//!
+//! # A process's stream
+//!
+//! `Started`, then `Data` as there is output, `Eof` of each of the two outputs when it ends (for a process with a
+//! terminal, standard error ends at its first offset), and `Exited` last. Output that is not consumed stalls only the
+//! process that writes it. The host may send standard input right after `Open`, without waiting for `Started`.
+//! When another stream attaches to the process, this one fails with [`GuestErrorKind::NoSuchProcess`], and closing it
+//! does not touch the process.
+//!
+//! # Frames for streams that do not exist
+//!
+//! The agent ignores them, as they may cross its own failure of the stream.
 //!
 //! # Map of the crate
 //!

@@ -71,7 +71,8 @@ pub enum Request {
         /// The size.
         size: TermSize,
     },
-    /// Keep a process when the stream that it belongs to is closed. `Done` also when it has ended.
+    /// Keep a process when the stream that it belongs to now is closed. `Done` also when it has ended. A stream that
+    /// attaches to it later must ask for this again.
     Detach {
         /// The process.
         process: u64,
