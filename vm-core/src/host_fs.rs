@@ -10,6 +10,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
+mod std_fs;
+
+pub use std_fs::StdFs;
+
 /// A file system of the host.
 #[async_trait]
 pub trait HostFs: Send + Sync + fmt::Debug {

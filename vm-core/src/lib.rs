@@ -10,11 +10,13 @@
 //! | [`machine`] | the seam to the hypervisor |
 //! | [`env`](mod@env) | the seam to clock, tasks and randomness |
 //! | [`host_fs`] | the seam to the host's file system |
+//! | [`container`] | the snapshot file |
 //! | [`observe`] | what the core reports of its work |
 //! | [`fault`] | the vocabulary of faults |
 #![forbid(unsafe_code)]
 
 pub mod backend;
+pub mod container;
 pub mod env;
 pub mod fault;
 pub mod host_fs;

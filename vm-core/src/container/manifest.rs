@@ -1,0 +1,113 @@
+//! What a container says of itself.
+
+use super::ContainerError;
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use std::{borrow::Cow, fmt};
+use vm_trait::{Mib, SnapshotMetadata, VmConfig};
+
+/// The contents of a container. Fields that a reader does not know are ignored; one that it must know needs another
+/// format.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// The format, as in the header.
+    pub format: u32,
+    /// What the snapshot holds.
+    pub metadata: SnapshotMetadata,
+    /// What a machine must be like to load it.
+    pub compatibility: Compatibility,
+    /// The configuration of the machine.
+    pub config: VmConfig,
+    /// The sections, in the order of the file.
+    pub sections: Vec<SectionEntry>,
+}
+
+/// What a machine must be like to load a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Compatibility {
+    /// The kind of backend.
+    pub backend: String,
+    /// The guest's architecture.
+    pub arch: String,
+    /// How many vCPUs.
+    pub vcpus: u8,
+    /// How much memory.
+    pub memory: Mib,
+    /// The version of the protocol that the guest agent speaks.
+    pub agent_protocol: u16,
+}
+
+/// A section's place in the file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SectionEntry {
+    /// Its name; no other section has it.
+    pub name: String,
+    /// Where it begins.
+    pub offset: u64,
+    /// How long it is.
+    pub length: u64,
+    /// The hash of its bytes.
+    pub hash: SectionHash,
+}
+
+/// A BLAKE3 hash; hexadecimal digits where it is written as text.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct SectionHash(pub [u8; 32]);
+
+impl Compatibility {
+    /// Compares with what is `wanted` here, field by field.
+    ///
+    /// # Errors
+    /// [`ContainerError::Incompatible`] for the first field that differs.
+    pub fn check(&self, wanted: &Self) -> Result<(), ContainerError> {
+        fn same<T: PartialEq + fmt::Display>(
+            field: &str,
+            found: &T,
+            wanted: &T,
+        ) -> Result<(), ContainerError> {
+            if found == wanted {
+                return Ok(());
+            }
+            Err(ContainerError::Incompatible {
+                field: field.to_owned(),
+                found: found.to_string(),
+                wanted: wanted.to_string(),
+            })
+        }
+        same("backend", &self.backend, &wanted.backend)?;
+        same("arch", &self.arch, &wanted.arch)?;
+        same("vcpus", &self.vcpus, &wanted.vcpus)?;
+        same("memory", &self.memory, &wanted.memory)?;
+        same("agent_protocol", &self.agent_protocol, &wanted.agent_protocol)
+    }
+}
+
+impl From<blake3::Hash> for SectionHash {
+    fn from(hash: blake3::Hash) -> Self {
+        Self(hash.into())
+    }
+}
+
+impl fmt::Display for SectionHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&blake3::Hash::from(self.0).to_hex())
+    }
+}
+
+impl fmt::Debug for SectionHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl Serialize for SectionHash {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&blake3::Hash::from(self.0).to_hex())
+    }
+}
+
+impl<'de> Deserialize<'de> for SectionHash {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = Cow::<str>::deserialize(deserializer)?;
+        blake3::Hash::from_hex(text.as_bytes()).map(Self::from).map_err(de::Error::custom)
+    }
+}

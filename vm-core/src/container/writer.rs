@@ -1,0 +1,216 @@
+//! Writing a container, section by section.
+
+use super::{
+    Compatibility, ContainerError, FORMAT, MAX_MANIFEST, MAX_SECTION_NAME, MAX_SECTIONS, Manifest,
+    SectionEntry,
+    layout::{self, PAGE, TRAILER_LEN, Trailer},
+    temp_file::TempFile,
+    verify::hash_in_steps,
+};
+use crate::{
+    host_fs::HostFs,
+    machine::{MachineError, SectionSink},
+};
+use async_trait::async_trait;
+use bytes::{Bytes, BytesMut};
+use std::{collections::BTreeSet, path::Path, sync::Arc};
+use vm_trait::{SnapshotMetadata, VmConfig};
+
+/// Small pieces are gathered up to this length before they are written.
+const GATHER: usize = 64 << 10;
+
+/// Writes a container; it has its name only once [`finish`](Self::finish) returns. Dropped before, it leaves nothing.
+#[derive(Debug)]
+pub struct ContainerWriter {
+    file: TempFile,
+    /// What is still to be written to the file.
+    gathered: BytesMut,
+    /// How long the file is, with what is gathered.
+    position: u64,
+    names: BTreeSet<String>,
+    sections: Vec<SectionEntry>,
+    open: Option<OpenSection>,
+    /// Why it can no longer be finished; also set while a call is under way, in case that is dropped.
+    broken: Option<ContainerError>,
+}
+
+/// A section that can still grow.
+#[derive(Debug)]
+struct OpenSection {
+    name: String,
+    hasher: blake3::Hasher,
+    length: u64,
+    /// Where it stands; decided once it is a page long, or at its end.
+    offset: Option<u64>,
+    /// Its first bytes, until its place is decided.
+    held: BytesMut,
+}
+
+impl ContainerWriter {
+    /// Begins a container under a temporary name beside `path`, made from `temp_tag`, which must be fresh.
+    ///
+    /// # Errors
+    /// [`ContainerError::Io`].
+    pub async fn create(
+        fs: Arc<dyn HostFs>,
+        path: &Path,
+        temp_tag: u64,
+    ) -> Result<Self, ContainerError> {
+        let file = TempFile::create(fs, path, temp_tag).await?;
+        let header = layout::header(FORMAT);
+        Ok(Self {
+            file,
+            gathered: BytesMut::from(&header[..]),
+            position: header.len() as u64,
+            names: BTreeSet::new(),
+            sections: Vec::new(),
+            open: None,
+            broken: None,
+        })
+    }
+
+    /// Ends the container, makes it durable, gives it its name, and says how long it is. A file that stood at that name
+    /// is replaced.
+    ///
+    /// # Errors
+    /// [`ContainerError::Io`]: the old file, if there was one, is then as it was, unless only the directory could not
+    /// be made durable; then the new one stands whole at the name. The first error of a section is given again.
+    pub async fn finish(
+        mut self,
+        metadata: SnapshotMetadata,
+        config: VmConfig,
+        compatibility: Compatibility,
+    ) -> Result<u64, ContainerError> {
+        if let Some(error) = self.broken {
+            return Err(error);
+        }
+        self.end_section().await?;
+        let sections = self.sections;
+        let manifest = Manifest { format: FORMAT, metadata, compatibility, config, sections };
+        // The one thing that JSON cannot hold is a path of a disk that is not Unicode.
+        let manifest = serde_json::to_vec(&manifest)
+            .map_err(|error| ContainerError::Misuse(format!("the manifest: {error}")))?;
+        if manifest.len() > MAX_MANIFEST {
+            let detail =
+                format!("the manifest has {} bytes, at most {MAX_MANIFEST}", manifest.len());
+            return Err(ContainerError::Misuse(detail));
+        }
+        let manifest_length = manifest.len() as u64;
+        let total_length = self.position + manifest_length + TRAILER_LEN as u64;
+        let trailer = Trailer {
+            total_length,
+            manifest_offset: self.position,
+            manifest_length,
+            manifest_hash: blake3::hash(&manifest).into(),
+        };
+        self.gathered.extend_from_slice(&manifest);
+        self.gathered.extend_from_slice(&trailer.encode());
+        self.file.write_all(self.gathered.freeze()).await?;
+        self.file.commit().await?;
+        Ok(total_length)
+    }
+
+    async fn end_section(&mut self) -> Result<(), ContainerError> {
+        let Some(section) = self.open.take() else { return Ok(()) };
+        let offset = match section.offset {
+            Some(offset) => offset,
+            None => {
+                let offset = self.position;
+                self.append(section.held.freeze()).await?;
+                offset
+            }
+        };
+        self.sections.push(SectionEntry {
+            name: section.name,
+            offset,
+            length: section.length,
+            hash: section.hasher.finalize().into(),
+        });
+        Ok(())
+    }
+
+    async fn append(&mut self, bytes: Bytes) -> Result<(), ContainerError> {
+        self.position += bytes.len() as u64;
+        if self.gathered.len() + bytes.len() <= GATHER {
+            self.gathered.extend_from_slice(&bytes);
+            return Ok(());
+        }
+        if !self.gathered.is_empty() {
+            let gathered = self.gathered.split().freeze();
+            self.file.write_all(gathered).await?;
+        }
+        if bytes.len() < GATHER / 2 {
+            self.gathered.extend_from_slice(&bytes);
+            return Ok(());
+        }
+        self.file.write_all(bytes).await
+    }
+
+    async fn begin_section(&mut self, name: &str) -> Result<(), ContainerError> {
+        self.end_section().await?;
+        if name.is_empty() || name.len() > MAX_SECTION_NAME {
+            return Err(ContainerError::Misuse(format!("`{name}` cannot name a section")));
+        }
+        if self.sections.len() >= MAX_SECTIONS {
+            return Err(ContainerError::Misuse(format!("more than {MAX_SECTIONS} sections")));
+        }
+        if !self.names.insert(name.to_owned()) {
+            return Err(ContainerError::Misuse(format!("two sections `{name}`")));
+        }
+        self.open = Some(OpenSection {
+            name: name.to_owned(),
+            hasher: blake3::Hasher::new(),
+            length: 0,
+            offset: None,
+            held: BytesMut::new(),
+        });
+        Ok(())
+    }
+
+    async fn grow_section(&mut self, bytes: Bytes) -> Result<(), ContainerError> {
+        let Some(section) = &mut self.open else {
+            return Err(ContainerError::Misuse("bytes outside of any section".to_owned()));
+        };
+        hash_in_steps(&mut section.hasher, &bytes).await;
+        section.length += bytes.len() as u64;
+        if section.offset.is_none() {
+            if section.length < PAGE {
+                section.held.extend_from_slice(&bytes);
+                return Ok(());
+            }
+            let offset = self.position.next_multiple_of(PAGE);
+            section.offset = Some(offset);
+            let held = section.held.split().freeze();
+            let padding = usize::try_from(offset - self.position).unwrap_or_default();
+            self.append(Bytes::from_static(&ZEROS[..padding])).await?;
+            self.append(held).await?;
+        }
+        self.append(bytes).await
+    }
+}
+
+/// Runs a step of the writer, which is broken from then on unless the step succeeds.
+macro_rules! step {
+    ($writer:ident, $step:expr) => {{
+        if let Some(error) = &$writer.broken {
+            return Err(error.clone().into());
+        }
+        $writer.broken = Some(ContainerError::Misuse("a write was given up half-way".to_owned()));
+        let result = $step.await;
+        $writer.broken = result.clone().err();
+        Ok(result?)
+    }};
+}
+
+#[async_trait]
+impl SectionSink for ContainerWriter {
+    async fn begin(&mut self, name: &str) -> Result<(), MachineError> {
+        step!(self, self.begin_section(name))
+    }
+
+    async fn write(&mut self, bytes: Bytes) -> Result<(), MachineError> {
+        step!(self, self.grow_section(bytes))
+    }
+}
+
+static ZEROS: [u8; 4096] = [0; 4096];
