@@ -26,8 +26,8 @@
 //!    - a stream on which it has seen no answer (neither `Started`, `Done` nor `Failed`) with the same `Open` as
 //!      before. The agent sends `Started` again where the request has one, and everything that follows it;
 //!    - every other stream on which it still waits for something with `Credit { Stdout, consumed, window }` and
-//!      `Credit { Stderr, consumed, window }`, both, where `consumed` is how far it has the channel without a gap;
-//!      files have `Stdout` only. The agent goes on with each channel from there. It repeats `Eof`, and the stream's
+//!      `Credit { Stderr, consumed, window }`, both, with `consumed` no lower than it was before the loss; files
+//!      have `Stdout` only. The agent goes on with each channel from there. It repeats `Eof`, and the stream's
 //!      end (`Exited`, `Done`, `Failed`), even if it had sent them before; the host ignores repeats.
 //! 3. Data that overlaps what was received is trimmed by both sides; data that leaves a gap breaks the protocol.
 //!
@@ -63,7 +63,7 @@
 pub mod frame;
 pub mod message;
 
-pub use frame::{Channel, DecodeError, Decoder, Frame, StreamId, encode};
+pub use frame::{Channel, DecodeError, Decoder, Frame, StreamId, encode, encode_data, fits};
 pub use message::{
     EntryKind, ExecSpec, GuestError, GuestErrorKind, Hello, ListedDir, ProcessEntry, ProcessExit,
     Refusal, Reply, Request, Started, StatEntry, TermSize, UserSpec, Welcome,
