@@ -59,6 +59,11 @@ impl TempFile {
         result.map_err(|error| ContainerError::io(&self.name.path, &error))
     }
 
+    /// Gives the error for content that the file cannot have.
+    pub(super) fn refuse(&self, reason: &str) -> ContainerError {
+        invalid(&self.target, reason)
+    }
+
     /// Makes the file durable and gives it its name.
     ///
     /// When only the last step fails, making the name durable, the new file stands whole under the name; a crash of the
@@ -103,11 +108,14 @@ fn parent(path: &Path) -> &Path {
     }
 }
 
+fn invalid(target: &Path, reason: &str) -> ContainerError {
+    ContainerError::io(target, &io::Error::new(io::ErrorKind::InvalidInput, reason))
+}
+
 /// Gives `.{file}.{tag}.tmp` beside the file.
-fn temp_path(target: &Path, tag: u64) -> Result<PathBuf, ContainerError> {
+pub(super) fn temp_path(target: &Path, tag: u64) -> Result<PathBuf, ContainerError> {
     let Some(file) = target.file_name() else {
-        let error = io::Error::new(io::ErrorKind::InvalidInput, "this path does not name a file");
-        return Err(ContainerError::io(target, &error));
+        return Err(invalid(target, "this path does not name a file"));
     };
     let mut name = OsString::from(".");
     name.push(file);

@@ -89,8 +89,13 @@ fn verify_frame(bytes: &Bytes) -> Result<(Manifest, Sections), ContainerError> {
     if blake3::hash(&encoded) != trailer.manifest_hash {
         return Err(corrupt("the manifest's hash does not hold"));
     }
-    let manifest: Manifest = serde_json::from_slice(&encoded)
-        .map_err(|error| ContainerError::Corrupt(format!("the manifest: {error}")))?;
+    // Its hash holds, so it is as it was written, by someone who put something else into it.
+    let manifest: Manifest =
+        serde_json::from_slice(&encoded).map_err(|error| ContainerError::Incompatible {
+            field: "manifest".to_owned(),
+            found: error.to_string(),
+            wanted: format!("one of format {FORMAT}"),
+        })?;
     if manifest.format != FORMAT {
         return Err(corrupt("header and manifest name different formats"));
     }

@@ -74,7 +74,8 @@ impl ContainerWriter {
     ///
     /// # Errors
     /// [`ContainerError::Io`]: the old file, if there was one, is then as it was, unless only the directory could not
-    /// be made durable; then the new one stands whole at the name. The first error of a section is given again.
+    /// be made durable; then the new one stands whole at the name. So it is when the manifest
+    /// cannot be encoded. The first error of a section is given again.
     pub async fn finish(
         mut self,
         metadata: SnapshotMetadata,
@@ -89,11 +90,11 @@ impl ContainerWriter {
         let manifest = Manifest { format: FORMAT, metadata, compatibility, config, sections };
         // The one thing that JSON cannot hold is a path of a disk that is not Unicode.
         let manifest = serde_json::to_vec(&manifest)
-            .map_err(|error| ContainerError::Misuse(format!("the manifest: {error}")))?;
+            .map_err(|error| self.file.refuse(&format!("the manifest: {error}")))?;
         if manifest.len() > MAX_MANIFEST {
-            let detail =
+            let reason =
                 format!("the manifest has {} bytes, at most {MAX_MANIFEST}", manifest.len());
-            return Err(ContainerError::Misuse(detail));
+            return Err(self.file.refuse(&reason));
         }
         let manifest_length = manifest.len() as u64;
         let total_length = self.position + manifest_length + TRAILER_LEN as u64;
@@ -108,6 +109,20 @@ impl ContainerWriter {
         self.file.write_all(self.gathered.freeze()).await?;
         self.file.commit().await?;
         Ok(total_length)
+    }
+
+    /// Breaks the writer until [`settle`](Self::settle), in case the call in between is dropped.
+    fn arm(&mut self) -> Result<(), ContainerError> {
+        if let Some(error) = &self.broken {
+            return Err(error.clone());
+        }
+        self.broken = Some(ContainerError::Misuse("a write was given up half-way".to_owned()));
+        Ok(())
+    }
+
+    fn settle(&mut self, result: Result<(), ContainerError>) -> Result<(), MachineError> {
+        self.broken = result.clone().err();
+        Ok(result?)
     }
 
     async fn end_section(&mut self) -> Result<(), ContainerError> {
@@ -189,27 +204,18 @@ impl ContainerWriter {
     }
 }
 
-/// Runs a step of the writer, which is broken from then on unless the step succeeds.
-macro_rules! step {
-    ($writer:ident, $step:expr) => {{
-        if let Some(error) = &$writer.broken {
-            return Err(error.clone().into());
-        }
-        $writer.broken = Some(ContainerError::Misuse("a write was given up half-way".to_owned()));
-        let result = $step.await;
-        $writer.broken = result.clone().err();
-        Ok(result?)
-    }};
-}
-
 #[async_trait]
 impl SectionSink for ContainerWriter {
     async fn begin(&mut self, name: &str) -> Result<(), MachineError> {
-        step!(self, self.begin_section(name))
+        self.arm()?;
+        let result = self.begin_section(name).await;
+        self.settle(result)
     }
 
     async fn write(&mut self, bytes: Bytes) -> Result<(), MachineError> {
-        step!(self, self.grow_section(bytes))
+        self.arm()?;
+        let result = self.grow_section(bytes).await;
+        self.settle(result)
     }
 }
 

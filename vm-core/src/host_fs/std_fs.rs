@@ -159,3 +159,177 @@ async fn blocking<T: Send + 'static>(
         Err(error) => Err(io::Error::other(error)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        container::{self, Compatibility, ContainerWriter},
+        machine::SectionSink,
+    };
+    use proptest::{collection::vec, prelude::*};
+    use std::{
+        os::unix::fs::PermissionsExt,
+        pin::pin,
+        task::{Context, Poll, Waker},
+        time::Duration,
+    };
+    use tempfile::TempDir;
+    use tokio::runtime::{Builder, Runtime};
+    use vm_trait::{Mib, SnapshotId, SnapshotMetadata, VmConfig, VmId};
+
+    fn runtime() -> Runtime {
+        Builder::new_current_thread().build().unwrap()
+    }
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().permissions().mode() & 0o777
+    }
+
+    async fn write_container(path: &Path, content: Bytes) -> u64 {
+        let mut writer = ContainerWriter::create(Arc::new(StdFs), path, 1).await.unwrap();
+        writer.begin("ram").await.unwrap();
+        writer.write(content).await.unwrap();
+        let (backend, arch, memory) = ("kvm".to_owned(), "x86_64".to_owned(), Mib(64));
+        let metadata = SnapshotMetadata {
+            id: SnapshotId(1),
+            vm: VmId(2),
+            backend: backend.clone(),
+            taken_at: Duration::ZERO,
+            arch: arch.clone(),
+            vcpus: 1,
+            memory,
+            label: None,
+        };
+        let compatibility = Compatibility { backend, arch, vcpus: 1, memory, agent_protocol: 1 };
+        writer.finish(metadata, VmConfig::default(), compatibility).await.unwrap()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        #[test]
+        fn what_was_appended_is_read(
+            chunks in vec(vec(any::<u8>(), 0..300), 0..6), offset in 0..2000u64, length in 0..2000usize,
+        ) {
+            let dir = TempDir::new().unwrap();
+            let path = dir.path().join("file");
+            let whole = chunks.concat();
+            runtime().block_on(async {
+                let mut file = StdFs.create_new(&path).await.unwrap();
+                for chunk in chunks {
+                    file.write_all(chunk.into()).await.unwrap();
+                }
+                file.sync().await.unwrap();
+                let reader = StdFs.open(&path).await.unwrap();
+                assert_eq!(reader.size().await.unwrap(), whole.len() as u64);
+                assert_eq!(reader.read_at(0, whole.len()).await.unwrap(), whole);
+                let start = usize::try_from(offset).unwrap();
+                match (whole.get(start..start + length), reader.read_at(offset, length).await) {
+                    (Some(part), Ok(read)) => assert_eq!(read, part),
+                    (None, Err(error)) => assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof),
+                    (expected, got) => panic!("{expected:?}, got {got:?}"),
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn a_length_beyond_the_end_is_not_allocated() {
+        let dir = TempDir::new().unwrap();
+        let path = dir.path().join("file");
+        fs::write(&path, b"abc").unwrap();
+        runtime().block_on(async {
+            let reader = StdFs.open(&path).await.unwrap();
+            for (offset, length) in [(0, usize::MAX), (u64::MAX, 1), (1, 1 << 50)] {
+                let error = reader.read_at(offset, length).await.unwrap_err();
+                assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+            }
+        });
+    }
+
+    #[test]
+    fn files_and_directories_are_the_owners_alone() {
+        let dir = TempDir::new().unwrap();
+        let (deep, path) = (dir.path().join("a/b"), dir.path().join("a/b/file"));
+        runtime().block_on(async {
+            for _ in 0..2 {
+                StdFs.create_dir_all(&deep).await.unwrap();
+            }
+            StdFs.create_new(&path).await.unwrap();
+            let error = StdFs.create_new(&path).await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+        });
+        assert_eq!((mode(&deep), mode(&path)), (0o700, 0o600));
+    }
+
+    #[test]
+    fn names_move_and_go_while_what_is_open_stays() {
+        let dir = TempDir::new().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        for name in ["b", "c", "a"] {
+            fs::write(at(name), name).unwrap();
+        }
+        fs::create_dir(at("directory")).unwrap();
+        runtime().block_on(async {
+            assert_eq!(StdFs.list(dir.path()).await.unwrap(), [at("a"), at("b"), at("c")]);
+            let old = StdFs.open(&at("b")).await.unwrap();
+            StdFs.rename(&at("a"), &at("b")).await.unwrap();
+            StdFs.sync_dir(dir.path()).await.unwrap();
+            assert_eq!(old.read_at(0, 1).await.unwrap(), "b");
+            assert_eq!(fs::read(at("b")).unwrap(), b"a");
+            StdFs.remove(&at("b")).await.unwrap();
+            StdFs.remove_now(&at("c"));
+            StdFs.remove_now(&at("never there"));
+            assert_eq!(StdFs.list(dir.path()).await.unwrap(), Vec::<PathBuf>::new());
+            for error in [
+                StdFs.remove(&at("b")).await.unwrap_err(),
+                StdFs.open(&at("b")).await.unwrap_err(),
+                StdFs.list(&at("nowhere")).await.unwrap_err(),
+                StdFs.sync_dir(&at("nowhere")).await.unwrap_err(),
+            ] {
+                assert_eq!(error.kind(), io::ErrorKind::NotFound);
+            }
+        });
+    }
+
+    #[test]
+    fn containers_are_kept() {
+        let dir = TempDir::new().unwrap();
+        let path = dir.path().join("snapshot");
+        let content = Bytes::from(vec![7; 3 << 20]);
+        runtime().block_on(async {
+            let size = write_container(&path, content.clone()).await;
+            assert_eq!(fs::metadata(&path).unwrap().len(), size);
+            let (_, sections) = container::open(&StdFs, &path).await.unwrap();
+            assert_eq!(sections.get("ram").unwrap(), &content);
+            let bytes = container::read_verified(&StdFs, &path).await.unwrap();
+            let copy = dir.path().join("copy");
+            container::write_verified(Arc::new(StdFs), &copy, bytes, 2).await.unwrap();
+            assert!(fs::read(&copy).unwrap() == fs::read(&path).unwrap());
+            assert_eq!(container::sweep(&StdFs, dir.path()).await, Ok(0));
+        });
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn a_dropped_future_leaves_no_temporary_file() {
+        for polls in (0..22).map(|shift| 1 << shift) {
+            let dir = TempDir::new().unwrap();
+            let path = dir.path().join("snapshot");
+            let runtime = runtime();
+            let done = {
+                let _entered = runtime.enter();
+                let mut write = pin!(write_container(&path, Bytes::from(vec![7; 200_000])));
+                let mut context = Context::from_waker(Waker::noop());
+                let poll = |_| matches!(write.as_mut().poll(&mut context), Poll::Ready(_));
+                (0..polls).any(poll)
+            };
+            // Calls that have begun are waited for.
+            drop(runtime);
+            let left: Vec<_> =
+                fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path()).collect();
+            assert!(left.is_empty() && !done || left == [path], "after {polls} polls: {left:?}");
+        }
+    }
+}
