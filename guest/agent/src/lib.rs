@@ -13,7 +13,10 @@
 //!
 //! The core is plain data: it can be cloned and serialised at any point, which is how a simulated guest is
 //! snapshotted and forked.
-#![forbid(unsafe_code)]
+#![cfg_attr(not(feature = "linux"), forbid(unsafe_code))]
+#![cfg_attr(feature = "linux", deny(unsafe_code))]
 
 pub mod core;
+#[cfg(all(target_os = "linux", feature = "linux"))]
+pub mod linux;
 pub mod os;

@@ -1,0 +1,176 @@
+//! System calls that have no safe form elsewhere, each behind a safe function.
+//!
+//! All unsafe code of the crate is here and in [`spawn`](super::spawn).
+#![allow(unsafe_code)]
+
+use crate::os::{Errno, SysResult};
+use std::{
+    ffi::CString,
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    ptr,
+};
+
+/// The highest signal number of Linux.
+pub(super) const MAX_SIGNAL: i32 = 64;
+
+/// Sends a signal to a process, or with a negative `pid` to a group, or with -1 to all.
+pub(super) fn kill(pid: i32, signal: u8) -> SysResult<()> {
+    // SAFETY: kill(2) takes two numbers and touches no memory of ours.
+    check(unsafe { libc::kill(pid, i32::from(signal)) })
+}
+
+/// Sends a signal to the process that a pidfd names.
+pub(super) fn signal_exactly(process: BorrowedFd<'_>, signal: u8) -> SysResult<()> {
+    let none = ptr::null::<libc::siginfo_t>();
+    let (fd, signal, flags) = (process.as_raw_fd(), libc::c_int::from(signal), 0 as libc::c_uint);
+    // SAFETY: pidfd_send_signal(2) takes numbers and a siginfo that may be null.
+    let answer = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, signal, none, flags) };
+    check(if answer == 0 { 0 } else { -1 })
+}
+
+/// Gives the pid of a child that has ended and was not reaped, leaving it so.
+pub(super) fn peek_ended() -> Option<i32> {
+    // SAFETY: siginfo_t is plain data, for which all zeroes is a value.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    // SAFETY: `info` is a valid siginfo_t that outlives the call.
+    let answer = unsafe { libc::waitid(libc::P_ALL, 0, &raw mut info, options) };
+    if answer != 0 {
+        return None;
+    }
+    // SAFETY: waitid has filled the fields of a SIGCHLD, or left the zeroes.
+    let pid = unsafe { info.si_pid() };
+    (pid > 0).then_some(pid)
+}
+
+/// Blocks `signals` on this thread and makes them readable from a descriptor.
+pub(super) fn signals_as_descriptor(signals: &[i32]) -> io::Result<OwnedFd> {
+    let mut set = empty_signal_set();
+    for signal in signals {
+        // SAFETY: `set` is an initialised set; a bad number is refused with an error.
+        unsafe { libc::sigaddset(&raw mut set, *signal) };
+    }
+    // SAFETY: `set` is an initialised set, and the old mask is not asked for.
+    let answer = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut()) };
+    if answer != 0 {
+        return Err(io::Error::from_raw_os_error(answer));
+    }
+    // SAFETY: `set` is an initialised set; -1 asks for a new descriptor.
+    let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_NONBLOCK | libc::SFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new, so nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Takes the next signal's number from such a descriptor.
+pub(super) fn next_signal(fd: BorrowedFd<'_>) -> Option<i32> {
+    let mut record = [0_u8; size_of::<libc::signalfd_siginfo>()];
+    match rustix::io::read(fd, &mut record) {
+        // The number is the record's first field.
+        Ok(read) if read == record.len() => {
+            Some(i32::from_ne_bytes([record[0], record[1], record[2], record[3]]))
+        }
+        _ => None,
+    }
+}
+
+/// Gives every signal its default meaning and unblocks all. Safe between fork and exec.
+pub(super) fn reset_signals() {
+    // The kernel's `sigaction`, not the C library's, which keeps some signals for itself: all zeroes is SIG_DFL.
+    let default = [0_u64; 4];
+    let none = ptr::null_mut::<libc::c_void>();
+    for signal in 1..=MAX_SIGNAL {
+        // SAFETY: `default` is at least as long as the structure that is read; KILL and STOP are refused.
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), none, 8_usize) };
+    }
+    let set = empty_signal_set();
+    // SAFETY: `set` is an initialised set, and the old mask is not asked for.
+    unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const set, ptr::null_mut()) };
+}
+
+/// Marks every descriptor above the standard three to be closed by exec. Safe between fork and exec.
+pub(super) fn close_others_on_exec() {
+    const CLOSE_ON_EXEC: libc::c_uint = 4;
+    let (first, last): (libc::c_uint, libc::c_uint) = (3, libc::c_uint::MAX);
+    // SAFETY: with this flag close_range(2) closes nothing now; it only sets a flag on descriptors.
+    unsafe { libc::syscall(libc::SYS_close_range, first, last, CLOSE_ON_EXEC) };
+}
+
+/// A program with arguments and environment in the form that execve(2) takes.
+pub(super) struct ExecImage {
+    path: CString,
+    argv: Vec<*const libc::c_char>,
+    envp: Vec<*const libc::c_char>,
+    // What the pointers above point into; the heap blocks stay where they are when this moves.
+    _strings: Vec<CString>,
+}
+
+// SAFETY: the pointers point into strings that the image owns and that nothing changes.
+unsafe impl Send for ExecImage {}
+// SAFETY: as for Send; all access is reading.
+unsafe impl Sync for ExecImage {}
+
+impl ExecImage {
+    /// Lays out the image; a NUL byte anywhere is `INVAL`.
+    pub(super) fn new(path: &str, argv: &[String], env: &[(String, String)]) -> SysResult<Self> {
+        let text = |it: &str| CString::new(it).map_err(|_| Errno::INVAL);
+        let mut strings = Vec::with_capacity(argv.len() + env.len());
+        for argument in argv {
+            strings.push(text(argument)?);
+        }
+        for (name, value) in env {
+            strings.push(text(&format!("{name}={value}"))?);
+        }
+        let list = |strings: &[CString]| -> Vec<*const libc::c_char> {
+            strings.iter().map(|it| it.as_ptr()).chain([ptr::null()]).collect()
+        };
+        let (argv, envp) = strings.split_at(argv.len());
+        Ok(Self { path: text(path)?, argv: list(argv), envp: list(envp), _strings: strings })
+    }
+
+    /// Becomes the program; returns only the error. Safe between fork and exec.
+    pub(super) fn execute(&self) -> io::Error {
+        // SAFETY: path, argv and envp are NUL-terminated strings and NULL-terminated lists that `self` keeps alive.
+        unsafe {
+            libc::execve(self.path.as_ptr(), self.argv.as_ptr(), self.envp.as_ptr());
+        }
+        io::Error::last_os_error()
+    }
+}
+
+/// Adds 256 bits to the kernel's random pool, counts them, and makes the generator draw on the pool at once.
+pub(super) fn add_entropy(random: BorrowedFd<'_>, entropy: &[u8; 32]) -> SysResult<()> {
+    #[repr(C)]
+    struct PoolInfo {
+        bits: libc::c_int,
+        bytes: libc::c_int,
+        pool: [u8; 32],
+    }
+    // From <linux/random.h>: _IOW('R', 3, int[2]) and _IO('R', 7).
+    const ADD: libc::c_ulong = 0x4008_5203;
+    const RESEED: libc::c_ulong = 0x5207;
+    let info = PoolInfo { bits: 256, bytes: 32, pool: *entropy };
+    let fd = random.as_fd().as_raw_fd();
+    // SAFETY: the request reads a `rand_pool_info` with `bytes` bytes behind it, which `info` is.
+    check(unsafe { libc::ioctl(fd, ADD as _, &raw const info) })?;
+    // SAFETY: the request takes no argument.
+    check(unsafe { libc::ioctl(fd, RESEED as _) })
+}
+
+fn empty_signal_set() -> libc::sigset_t {
+    // SAFETY: sigset_t is plain data, for which all zeroes is a value.
+    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `set` is a valid place for a set.
+    unsafe { libc::sigemptyset(&raw mut set) };
+    set
+}
+
+fn check(answer: libc::c_int) -> SysResult<()> {
+    if answer >= 0 {
+        return Ok(());
+    }
+    Err(Errno(io::Error::last_os_error().raw_os_error().unwrap_or(Errno::IO.0)))
+}

@@ -1,0 +1,331 @@
+//! [`serve`]: the main loop, one thread around poll(2).
+
+use super::{LinuxOs, Scope, ffi};
+use crate::{
+    core::{AgentConfig, AgentCore, ConnId},
+    os::{GuestOs, Output},
+};
+use bytes::Buf;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec},
+    io::{Errno as Sys, retry_on_intr},
+    net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType},
+};
+use std::{
+    collections::BTreeMap,
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
+    time::Duration,
+};
+
+/// How many connections are served at once; more wait in the listener's queue.
+const MAX_CONNECTIONS: usize = 16;
+
+/// How much one turn reads from one connection.
+const READ_SIZE: usize = 64 << 10;
+
+/// The signals that end an agent that is an ordinary process.
+const ENDING_SIGNALS: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
+
+/// Where hosts dial: any listening stream socket.
+#[derive(Debug)]
+pub struct Listener(OwnedFd);
+
+impl Listener {
+    /// Listens on a Unix socket that it makes at `path`.
+    ///
+    /// # Errors
+    /// The kernel's, as when something stands at `path` or it is too long for a socket's name.
+    pub fn unix(path: &Path) -> io::Result<Self> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket =
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+        rustix::net::listen(&socket, 16)?;
+        Ok(Self(socket))
+    }
+}
+
+/// What the main loop works with beside its listener.
+#[derive(Debug)]
+pub struct ServeConfig {
+    /// The core's bounds.
+    pub agent: AgentConfig,
+    /// What the agent owns.
+    pub scope: Scope,
+    /// A pipe whose hang-up ends the loop.
+    pub lifeline: Option<OwnedFd>,
+}
+
+/// Why the main loop ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The host asked for it, and every process had its time to end.
+    PoweredOff,
+    /// The lifeline hung up.
+    OwnerGone,
+    /// One of TERM, INT and HUP came.
+    Signaled(i32),
+}
+
+/// Serves hosts until the end. Processes of the guest may still run then.
+///
+/// It must be called on the only thread of its process, which would otherwise take the signals it waits for.
+///
+/// # Errors
+/// When waiting itself fails; a connection's errors end only the connection.
+pub fn serve(listener: &Listener, config: ServeConfig) -> io::Result<Ended> {
+    let mut signals = vec![libc::SIGCHLD];
+    if config.scope != Scope::Machine {
+        signals.extend(ENDING_SIGNALS);
+    }
+    let signals = ffi::signals_as_descriptor(&signals)?;
+    let mut agent = Agent {
+        core: AgentCore::new(config.agent),
+        os: LinuxOs::new(config.scope),
+        connections: BTreeMap::new(),
+        next_connection: 1,
+        accept_paused: false,
+    };
+    loop {
+        let busy = agent.turn();
+        if agent.os.powered_off() {
+            agent.flush();
+            return Ok(Ended::PoweredOff);
+        }
+        let ready = agent.wait(listener, &signals, config.lifeline.as_ref(), busy)?;
+        if ready.lifeline && hung_up(config.lifeline.as_ref()) {
+            return Ok(Ended::OwnerGone);
+        }
+        if ready.signals {
+            while let Some(signal) = ffi::next_signal(signals.as_fd()) {
+                if signal != libc::SIGCHLD {
+                    return Ok(Ended::Signaled(signal));
+                }
+            }
+            agent.os.reap();
+        }
+        for (connection, readable) in ready.connections {
+            agent.receive(connection, readable);
+        }
+        if ready.listener {
+            agent.accept(listener);
+        }
+    }
+}
+
+struct Agent {
+    core: AgentCore,
+    os: LinuxOs,
+    connections: BTreeMap<ConnId, OwnedFd>,
+    next_connection: u64,
+    /// Whether the last accept ran out of something, so that the listener must be left alone for a moment.
+    accept_paused: bool,
+}
+
+/// What poll(2) found.
+#[derive(Default)]
+struct Ready {
+    signals: bool,
+    lifeline: bool,
+    listener: bool,
+    /// Connections with something to do, and whether that is reading.
+    connections: Vec<(ConnId, bool)>,
+}
+
+/// Whom a polled descriptor belongs to.
+#[derive(Clone, Copy)]
+enum Source {
+    Signals,
+    Lifeline,
+    Listener,
+    Connection(ConnId, bool),
+    Child,
+}
+
+impl Agent {
+    /// Lets the core work and sends what it has to say; says whether there may be more to do at once.
+    fn turn(&mut self) -> bool {
+        let changed = self.core.advance(&mut self.os);
+        let sent = self.flush();
+        for connection in self.core.to_close() {
+            let waiting = self.core.outgoing(connection).is_some_and(|bytes| !bytes.is_empty());
+            if !waiting {
+                self.drop_connection(connection);
+            }
+        }
+        changed || sent
+    }
+
+    /// Sends what can be sent without waiting; says whether anything was.
+    fn flush(&mut self) -> bool {
+        let mut sent = false;
+        let mut lost = Vec::new();
+        for (id, socket) in &self.connections {
+            let Some(bytes) = self.core.outgoing(*id) else {
+                continue;
+            };
+            while !bytes.is_empty() {
+                // A host that has hung up is an error here, not a signal.
+                match retry_on_intr(|| rustix::net::send(socket, bytes, SendFlags::NOSIGNAL)) {
+                    Ok(count) => {
+                        bytes.advance(count);
+                        sent = true;
+                    }
+                    Err(Sys::AGAIN) => break,
+                    Err(_) => {
+                        lost.push(*id);
+                        break;
+                    }
+                }
+            }
+        }
+        for id in lost {
+            self.drop_connection(id);
+        }
+        sent
+    }
+
+    /// Waits until something is to do, or not at all when `busy`.
+    fn wait(
+        &mut self,
+        listener: &Listener,
+        signals: &OwnedFd,
+        lifeline: Option<&OwnedFd>,
+        busy: bool,
+    ) -> io::Result<Ready> {
+        let mut sources = vec![(Source::Signals, signals.as_fd(), PollFlags::IN)];
+        if let Some(lifeline) = lifeline {
+            sources.push((Source::Lifeline, lifeline.as_fd(), PollFlags::IN));
+        }
+        if self.connections.len() < MAX_CONNECTIONS && !self.accept_paused {
+            sources.push((Source::Listener, listener.0.as_fd(), PollFlags::IN));
+        }
+        for (id, socket) in &self.connections {
+            let reading = self.core.wants_input(*id);
+            let writing = self.core.outgoing(*id).is_some_and(|bytes| !bytes.is_empty());
+            let mut flags = PollFlags::empty();
+            flags.set(PollFlags::IN, reading);
+            flags.set(PollFlags::OUT, writing);
+            sources.push((Source::Connection(*id, reading), socket.as_fd(), flags));
+        }
+        for interest in self.core.interest() {
+            let child = interest.child;
+            for (output, wanted) in
+                [(Output::Stdout, interest.stdout), (Output::Stderr, interest.stderr)]
+            {
+                if let (true, Some(fd)) = (wanted, self.os.output_fd(child, output)) {
+                    sources.push((Source::Child, fd, PollFlags::IN));
+                }
+            }
+            if let (true, Some(fd)) = (interest.stdin, self.os.stdin_fd(child)) {
+                sources.push((Source::Child, fd, PollFlags::OUT));
+            }
+        }
+        let timeout = self.timeout(busy);
+        let mut polled: Vec<PollFd<'_>> =
+            sources.iter().map(|(_, fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)).collect();
+        match rustix::event::poll(&mut polled, timeout.as_ref()) {
+            Ok(_) | Err(Sys::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let mut ready = Ready::default();
+        for ((source, _, _), fd) in sources.iter().zip(&polled) {
+            let events = fd.revents();
+            if events.is_empty() {
+                continue;
+            }
+            match source {
+                Source::Signals => ready.signals = true,
+                Source::Lifeline => ready.lifeline = true,
+                Source::Listener => ready.listener = true,
+                Source::Connection(id, reading) => {
+                    let ended = events.intersects(PollFlags::HUP | PollFlags::ERR);
+                    if (*reading && events.contains(PollFlags::IN)) || ended {
+                        ready.connections.push((*id, *reading));
+                    }
+                }
+                // The core looks after all its children at every turn.
+                Source::Child => {}
+            }
+        }
+        self.accept_paused = false;
+        Ok(ready)
+    }
+
+    fn timeout(&self, busy: bool) -> Option<Timespec> {
+        let mut wait = self.core.next_deadline().map(|at| at.saturating_sub(self.os.monotonic()));
+        if self.accept_paused {
+            wait = Some(wait.unwrap_or(Duration::MAX).min(Duration::from_millis(100)));
+        }
+        if busy {
+            wait = Some(Duration::ZERO);
+        }
+        // What the kernel cannot count to is for ever.
+        wait.and_then(|wait| Timespec::try_from(wait).ok())
+    }
+
+    fn receive(&mut self, id: ConnId, reading: bool) {
+        let Some(socket) = self.connections.get(&id) else {
+            return;
+        };
+        // The host has hung up while the core does not want to hear more: nothing more can be said to it either.
+        if !reading {
+            self.drop_connection(id);
+            return;
+        }
+        let mut buffer = vec![0; READ_SIZE];
+        match retry_on_intr(|| rustix::io::read(socket, &mut buffer)) {
+            Err(Sys::AGAIN) => {}
+            Ok(0) | Err(_) => self.drop_connection(id),
+            Ok(read) => {
+                if self.core.received(id, &buffer[..read], &mut self.os).is_err() {
+                    // What it still has to say, such as why, goes out first if it can.
+                    self.flush();
+                    self.drop_connection(id);
+                }
+            }
+        }
+    }
+
+    fn accept(&mut self, listener: &Listener) {
+        while self.connections.len() < MAX_CONNECTIONS {
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            match rustix::net::accept_with(&listener.0, flags) {
+                Ok(socket) => {
+                    let id = ConnId(self.next_connection);
+                    self.next_connection += 1;
+                    self.connections.insert(id, socket);
+                    self.core.connected(id);
+                }
+                Err(Sys::INTR | Sys::CONNABORTED) => {}
+                Err(Sys::AGAIN) => return,
+                // Out of descriptors or memory: the listener stays readable, so asking at once would spin.
+                Err(_) => {
+                    self.accept_paused = true;
+                    return;
+                }
+            }
+        }
+    }
+
+    fn drop_connection(&mut self, id: ConnId) {
+        if self.connections.remove(&id).is_some() {
+            self.core.disconnected(id);
+        }
+    }
+}
+
+/// Says whether nobody holds the other end any more; bytes that came are thrown away.
+fn hung_up(lifeline: Option<&OwnedFd>) -> bool {
+    let Some(lifeline) = lifeline else {
+        return false;
+    };
+    let mut buffer = [0; 64];
+    match retry_on_intr(|| rustix::io::read(lifeline, &mut buffer)) {
+        Ok(read) => read == 0,
+        Err(Sys::AGAIN) => false,
+        Err(_) => true,
+    }
+}
