@@ -1,6 +1,7 @@
 //! skeleton
 use super::{program::Step, syscalls::Syscalls};
 use serde::{Deserialize, Serialize};
+pub(super) const PATHS: &[&str] = &[];
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) enum Applet { Nothing }
 impl Applet {

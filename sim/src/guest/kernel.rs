@@ -1,7 +1,18 @@
 //! The operating system as a whole.
 
-use super::{DiskImage, DiskSetup, OsFaults, ProgramRegistry, fault::FaultSlot};
-use std::{sync::Arc, time::Duration};
+use super::{
+    disk::{Disk, DiskImage, DiskSetup},
+    entropy::Pool,
+    fault::{FaultSlot, OsFaults},
+    pipe::Pipe,
+    process::{AGENT, OpenFile, Process},
+    program::ProgramRegistry,
+    pty::Pty,
+    vfs::{Ino, Vfs},
+};
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use vm_guest_agent::os::{Child, ChildExit, Errno, Fd, SysResult};
 
 /// What a guest is made of.
 #[derive(Clone, Debug)]
@@ -21,7 +32,7 @@ pub struct OsConfig {
 }
 
 /// Something that the guest's kernel did.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum OsEvent {
     /// A line on the console, without its newline.
     Console(String),
@@ -46,17 +57,6 @@ pub enum SetupError {
     },
 }
 
-/// Bytes that are no saved guest for these programs.
-#[derive(Debug, thiserror::Error)]
-pub enum LoadError {
-    /// The bytes are not what `save` wrote.
-    #[error("not a saved guest: {0}")]
-    Malformed(String),
-    /// A program of the guest is not registered.
-    #[error("the guest's program `{0}` is not registered")]
-    UnknownProgram(String),
-}
-
 /// What a run did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RunReport {
@@ -71,80 +71,136 @@ pub struct RunReport {
 /// The operating system of one guest. The machine drives it: it sets the clock with
 /// [`set_monotonic`](Self::set_monotonic), lets processes run with [`run`](Self::run), and takes what the kernel
 /// did with [`take_events`](Self::take_events).
+///
+/// A clone is a fork of the guest: it goes on from the same state on its own, without the fault hooks.
 #[derive(Clone, Debug)]
 pub struct SimOs {
-    programs: Arc<ProgramRegistry>,
-    faults: FaultSlot,
-    now: Duration,
+    pub(super) kernel: Kernel,
+    pub(super) programs: Arc<ProgramRegistry>,
+    pub(super) faults: FaultSlot,
+}
+
+/// The part of a guest that is saved.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Kernel {
+    pub(super) now: Duration,
+    /// The wall clock's lead over the monotonic one, in nanoseconds.
+    pub(super) wall_offset_ns: i128,
+    pub(super) hostname: Arc<str>,
+    pub(super) vcpus: u32,
+    pub(super) max_processes: u32,
+    pub(super) vfs: Vfs,
+    pub(super) processes: BTreeMap<u32, Process>,
+    pub(super) last_pid: u32,
+    pub(super) files: BTreeMap<u32, OpenFile>,
+    pub(super) pipes: BTreeMap<u32, Pipe>,
+    pub(super) ptys: BTreeMap<u32, Pty>,
+    last_id: u32,
+    pub(super) children: BTreeMap<Child, AgentChild>,
+    pub(super) last_child: u64,
+    pub(super) agent_files: BTreeMap<Fd, u32>,
+    pub(super) last_fd: u32,
+    pub(super) pool: Pool,
+    events: Vec<OsEvent>,
+    halted: bool,
+    pub(super) cpu: Duration,
+    pub(super) agent_delay: Duration,
+    /// The process that the scheduler looked at last.
+    pub(super) turn: u32,
+}
+
+/// What the agent holds of a process that it started.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct AgentChild {
+    pub(super) pid: u32,
+    pub(super) exit: Option<ChildExit>,
+    /// The open files of the agent's ends of the pipes.
+    pub(super) stdin: Option<u32>,
+    pub(super) stdout: Option<u32>,
+    pub(super) stderr: Option<u32>,
+    pub(super) pty: Option<u32>,
 }
 
 impl SimOs {
-    /// Boots a guest: mounts its disks; no process but the agent is there.
+    /// Boots a guest: mounts its disks, making their directories; no process but the agent is there.
     ///
     /// # Errors
     /// When a disk cannot be mounted.
     pub fn new(config: OsConfig, programs: Arc<ProgramRegistry>) -> Result<Self, SetupError> {
-        let _ = config;
-        Ok(Self { programs, faults: FaultSlot::default(), now: Duration::ZERO })
+        let mut kernel = Kernel {
+            now: Duration::ZERO,
+            wall_offset_ns: 0,
+            hostname: config.hostname.into(),
+            vcpus: config.vcpus,
+            max_processes: config.max_processes,
+            vfs: Vfs::new(programs.base(), config.memory),
+            processes: BTreeMap::new(),
+            last_pid: AGENT,
+            files: BTreeMap::new(),
+            pipes: BTreeMap::new(),
+            ptys: BTreeMap::new(),
+            last_id: 0,
+            children: BTreeMap::new(),
+            last_child: 0,
+            agent_files: BTreeMap::new(),
+            last_fd: 0,
+            pool: Pool::new(config.seed),
+            events: Vec::new(),
+            halted: false,
+            cpu: Duration::ZERO,
+            agent_delay: Duration::ZERO,
+            turn: 0,
+        };
+        // A disk may be mounted on a directory of another one, which must be mounted first.
+        let mut order: Vec<_> = config.disks.iter().enumerate().collect();
+        order.sort_by_key(|(index, setup)| (setup.mount.matches('/').count(), *index));
+        let mut disks = BTreeMap::new();
+        for (index, setup) in order {
+            let refused = |_| SetupError::Mount { disk: index, mount: setup.mount.clone() };
+            let at = kernel.mount_point(&setup.mount).map_err(refused)?;
+            kernel.vfs.mount(at, Disk::new(setup)).map_err(refused)?;
+            disks.insert(index, at);
+        }
+        kernel.vfs.set_disk_order(disks.into_values());
+        Ok(Self { kernel, programs, faults: FaultSlot::default() })
     }
 
     /// Moves the monotonic clock; it never goes back.
     pub fn set_monotonic(&mut self, now: Duration) {
-        self.now = self.now.max(now);
+        self.kernel.now = self.kernel.now.max(now);
     }
 
     /// Gives the wall clock, as time since the Unix epoch.
     #[must_use]
     pub fn wall_clock(&self) -> Duration {
-        self.now
+        Duration::from_nanos(self.kernel.wall_ns())
     }
 
     /// Moves the wall clock by this many nanoseconds, as a clock fault does.
     pub fn shift_wall_clock(&mut self, nanoseconds: i64) {
-        let _ = nanoseconds;
-    }
-
-    /// Lets processes run, in turn, for at most `budget` steps.
-    pub fn run(&mut self, budget: u32) -> RunReport {
-        self.run_ordered(budget, &mut |_| 0)
-    }
-
-    /// Lets processes run for at most `budget` steps; `pick(n)` draws which of `n` processes comes next.
-    pub fn run_ordered(
-        &mut self,
-        budget: u32,
-        pick: &mut dyn FnMut(usize) -> usize,
-    ) -> RunReport {
-        let _ = (budget, pick);
-        RunReport::default()
-    }
-
-    /// Says whether a process could go on now.
-    #[must_use]
-    pub fn has_runnable(&self) -> bool {
-        false
-    }
-
-    /// Gives the monotonic time at which a sleeping process wakes next, if any.
-    #[must_use]
-    pub fn next_wakeup(&self) -> Option<Duration> {
-        None
+        self.kernel.wall_offset_ns += i128::from(nanoseconds);
     }
 
     /// Takes what the kernel did since the last call, in order.
     pub fn take_events(&mut self) -> Vec<OsEvent> {
-        Vec::new()
+        std::mem::take(&mut self.kernel.events)
+    }
+
+    /// Says whether the kernel did something that was not taken yet.
+    #[must_use]
+    pub fn has_events(&self) -> bool {
+        !self.kernel.events.is_empty()
     }
 
     /// Takes how long the agent's calls were slowed by faults since the last call.
     pub fn take_agent_delay(&mut self) -> Duration {
-        Duration::ZERO
+        std::mem::take(&mut self.kernel.agent_delay)
     }
 
     /// Gives what each disk durably holds, in the order of the configuration.
     #[must_use]
     pub fn disks(&self) -> Vec<DiskImage> {
-        Vec::new()
+        self.kernel.vfs.durable_images().collect()
     }
 
     /// Installs or removes the hooks of a fault plan. They are no part of the guest's state.
@@ -159,45 +215,146 @@ impl SimOs {
 
     /// Panics the kernel: no process runs any more. The agent's own death is one such case.
     pub fn panic(&mut self, reason: &str) {
-        let _ = reason;
+        self.kernel.panic(reason);
+    }
+
+    /// Kills the process that uses most memory, as the kernel does when memory runs out, and says whether there
+    /// was one.
+    pub fn kill_for_memory(&mut self) -> bool {
+        let alive = self.kernel.processes.iter().filter(|(_, it)| it.is_alive());
+        let victim = alive.max_by_key(|(pid, it)| (it.memory, **pid)).map(|(pid, _)| *pid);
+        victim.is_some_and(|pid| {
+            self.kernel.oom_kill(pid);
+            true
+        })
+    }
+
+    /// Writes a line on the console.
+    pub fn log(&mut self, line: &str) {
+        self.kernel.log(line);
     }
 
     /// Says whether the kernel has been turned off, reset or has panicked.
     #[must_use]
     pub fn is_halted(&self) -> bool {
-        false
+        self.kernel.halted
     }
 
     /// Gives the bytes of memory in use.
     #[must_use]
     pub fn memory_used(&self) -> u64 {
-        0
+        self.kernel.vfs.memory_used()
     }
 
     /// Gives the virtual CPU time used so far.
     #[must_use]
     pub fn cpu_time(&self) -> Duration {
-        Duration::ZERO
+        self.kernel.cpu
     }
 
-    /// Counts the processes beside the agent.
+    /// Counts the processes beside the agent that have not ended.
     #[must_use]
     pub fn process_count(&self) -> usize {
-        0
+        self.kernel.processes.values().filter(|it| it.is_alive()).count()
     }
 
-    /// Writes the guest's whole state. Events not yet taken belong to it.
+    /// Gives the programs that this guest knows.
     #[must_use]
-    pub fn save(&self) -> Vec<u8> {
-        Vec::new()
+    pub fn programs(&self) -> &Arc<ProgramRegistry> {
+        &self.programs
+    }
+}
+
+impl Kernel {
+    pub(super) fn wall_ns(&self) -> u64 {
+        let now = i128::try_from(self.now.as_nanos()).unwrap_or(i128::MAX);
+        u64::try_from(now.saturating_add(self.wall_offset_ns).max(0)).unwrap_or(u64::MAX)
     }
 
-    /// Brings a saved guest back.
-    ///
-    /// # Errors
-    /// When the bytes are damaged, or one of the guest's programs is not registered.
-    pub fn load(bytes: &[u8], programs: Arc<ProgramRegistry>) -> Result<Self, LoadError> {
-        let _ = (bytes, programs);
-        Err(LoadError::Malformed("skeleton".into()))
+    pub(super) fn next_id(&mut self) -> u32 {
+        loop {
+            self.last_id = self.last_id.wrapping_add(1);
+            let id = self.last_id;
+            let taken = self.files.contains_key(&id)
+                || self.pipes.contains_key(&id)
+                || self.ptys.contains_key(&id);
+            if !taken {
+                return id;
+            }
+        }
+    }
+
+    pub(super) fn is_halted(&self) -> bool {
+        self.halted
+    }
+
+    pub(super) fn log(&mut self, line: &str) {
+        self.events.push(OsEvent::Console(line.to_owned()));
+    }
+
+    fn kernel_message(&mut self, text: &str) {
+        let micros = self.now.as_micros();
+        self.log(&format!("[{:5}.{:06}] {text}", micros / 1_000_000, micros % 1_000_000));
+    }
+
+    pub(super) fn panic(&mut self, reason: &str) {
+        if !self.halted {
+            self.kernel_message(&format!("Kernel panic - not syncing: {reason}"));
+            self.halted = true;
+            self.events.push(OsEvent::Panic(reason.to_owned()));
+        }
+    }
+
+    pub(super) fn power_off(&mut self) {
+        if !self.halted {
+            self.kernel_message("reboot: Power down");
+            self.halted = true;
+            self.events.push(OsEvent::PowerOff);
+        }
+    }
+
+    pub(super) fn reboot(&mut self) {
+        if !self.halted {
+            self.kernel_message("reboot: Restarting system");
+            self.halted = true;
+            self.events.push(OsEvent::Reboot);
+        }
+    }
+
+    pub(super) fn oom_kill(&mut self, pid: u32) {
+        let Some(process) = self.processes.get(&pid) else { return };
+        let name = process.argv.first().map_or("", |name| name.rsplit('/').next().unwrap_or(name));
+        let text = format!(
+            "Out of memory: Killed process {pid} ({name}) total-vm:{}kB, UID:{}",
+            process.memory / 1024,
+            process.uid
+        );
+        self.kernel_message(&text);
+        self.terminate(pid, ChildExit::Signaled(super::signals::KILL));
+    }
+
+    /// Makes the directories of a mount point where they are missing.
+    fn mount_point(&mut self, path: &str) -> SysResult<Ino> {
+        if !path.starts_with('/') || path.split('/').skip(1).any(|name| matches!(name, "" | "." | "..")) {
+            return Err(Errno::INVAL);
+        }
+        for (end, _) in path.match_indices('/').skip(1).chain([(path.len(), "")]) {
+            let who = super::vfs::Caller {
+                pid: AGENT,
+                uid: 0,
+                gid: 0,
+                cwd: super::vfs::ROOT,
+                umask: 0,
+                now_ns: 0,
+                processes: &self.processes,
+            };
+            match self.vfs.mkdir(&who, &path[..end], 0o755) {
+                Ok(_) | Err(Errno::EXIST) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+        let at = self.vfs.find(&self.caller(AGENT), path, true)?;
+        let is_mounted = at.node == super::tree::TOP;
+        if self.vfs.is_dir(at) && !is_mounted { Ok(at) } else { Err(Errno::NOTDIR) }
     }
 }

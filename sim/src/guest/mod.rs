@@ -19,15 +19,26 @@
 mod agent_os;
 mod applets;
 pub mod disk;
+mod entropy;
 pub mod fault;
+mod image;
 mod kernel;
+mod pipe;
+mod proc_fs;
+mod process;
 pub mod program;
+mod pty;
 mod rope;
+mod sched;
+mod signals;
 pub mod syscalls;
 mod tree;
+mod vfs;
+
 
 pub use disk::{DiskImage, DiskSetup};
 pub use fault::{OsFault, OsFaults, SysCall};
-pub use kernel::{LoadError, OsConfig, OsEvent, RunReport, SetupError, SimOs};
+pub use kernel::{OsConfig, OsEvent, RunReport, SetupError, SimOs};
+pub use image::LoadError;
 pub use program::{GuestProgram, ProgramRegistry, Step, WaitFor};
-pub use syscalls::Syscalls;
+pub use syscalls::{ChildFds, ChildSpec, FdStat, OpenFlags, Syscalls};

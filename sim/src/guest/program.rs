@@ -159,6 +159,21 @@ impl ProgramRegistry {
         Arc::clone(self.base.get_or_init(build))
     }
 
+    pub(super) fn contains(&self, path: &str) -> bool {
+        self.programs.contains_key(path)
+    }
+
+    /// Gives the registry with just the programs of a base image, so that saving again writes the same.
+    pub(super) fn narrowed_to(self: Arc<Self>, base: &Arc<BaseImage>) -> Arc<Self> {
+        if self.programs.len() == base.programs().len() {
+            return self;
+        }
+        let keep = |path: &Arc<str>| base.programs().iter().any(|kept| **kept == **path);
+        let programs = self.programs.iter().filter(|(path, _)| keep(path));
+        let programs = programs.map(|(path, it)| (Arc::clone(path), it.clone())).collect();
+        Arc::new(Self { programs, base: OnceLock::from(Arc::clone(base)) })
+    }
+
     pub(super) fn start(&self, key: &str, argv: &[String]) -> Option<ProgramSlot> {
         if let Some((path, program)) = self.programs.get_key_value(key) {
             return Some(ProgramSlot::Registered {
