@@ -10,6 +10,7 @@ use rand_chacha::{
 use std::{
     fmt,
     future::Future,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -109,6 +110,13 @@ impl Context {
         (self.setup.scratch)(vm)
     }
 
+    /// Gives a path of the host that no other run uses, for a disk or a snapshot.
+    #[must_use]
+    pub fn host_path(&self, name: &str) -> PathBuf {
+        let unique = self.draw(0, u64::MAX);
+        Path::new("/tmp/twinvm-contract").join(format!("{unique:016x}-{name}"))
+    }
+
     /// Draws a number of `low..=high`.
     #[must_use]
     pub fn draw(&self, low: u64, high: u64) -> u64 {
@@ -140,6 +148,14 @@ impl Context {
     #[must_use]
     pub fn one_in(&self, n: u64) -> bool {
         self.draw(1, n) == 1
+    }
+
+    /// Says whether a costly variant is to be checked: once in `n` runs of a simulated host, where runs are many, and
+    /// always on a real one, where they are few.
+    #[must_use]
+    pub fn heavy(&self, n: u64) -> bool {
+        // Only a simulated host can be lost on order.
+        !self.can_fault(FaultKind::HostLost) || self.one_in(n)
     }
 
     /// Draws `length` bytes.
