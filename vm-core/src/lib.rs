@@ -15,10 +15,13 @@
 //! | [`fault`] | the vocabulary of faults |
 #![forbid(unsafe_code)]
 
+mod agent;
 pub mod backend;
 pub mod container;
 pub mod env;
+mod error;
 pub mod fault;
 pub mod host_fs;
 pub mod machine;
 pub mod observe;
+mod vm;

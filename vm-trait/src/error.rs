@@ -75,6 +75,12 @@ pub enum VmErrorKind {
         /// What is known about it.
         reason: String,
     },
+    /// The hypervisor refused to do what it was told; the VM is in the state that it says it is in.
+    #[error("the hypervisor refused: {reason}")]
+    HypervisorFailed {
+        /// What it answered.
+        reason: String,
+    },
     /// The guest agent cannot be reached, or no longer knows this stream.
     #[error("the connection to the guest agent was lost")]
     Disconnected,
@@ -278,6 +284,7 @@ impl VmErrorKind {
             self,
             Self::Timeout { .. }
                 | Self::Disconnected
+                | Self::HypervisorFailed { .. }
                 | Self::ResourceExhausted { .. }
                 | Self::HostIo { .. }
         )
@@ -306,6 +313,7 @@ impl VmErrorKind {
             Self::BootFailed { .. } => "boot_failed",
             Self::GuestCrashed { .. } => "guest_crashed",
             Self::VmmCrashed { .. } => "vmm_crashed",
+            Self::HypervisorFailed { .. } => "hypervisor_failed",
             Self::Disconnected => "disconnected",
             Self::Interrupted => "interrupted",
             Self::ExecFailed { .. } => "exec_failed",

@@ -76,8 +76,8 @@ fn manifests() -> impl Strategy<Value = Manifest> {
 
 fn drafts(chunk_lengths: impl Strategy<Value = usize>) -> impl Strategy<Value = Draft> {
     // Bytes from a number are much faster to draw than a vector of bytes, and shrink better.
-    let chunk = (chunk_lengths, any::<u32>()).prop_map(|(length, seed)| {
-        (0..length).map(|at| (at as u32).wrapping_mul(seed | 1).to_le_bytes()[2]).collect()
+    let chunk = (chunk_lengths, any::<usize>()).prop_map(|(length, seed)| {
+        (0..length).map(|at| at.wrapping_mul(seed | 1).to_le_bytes()[2]).collect()
     });
     let sections = vec(("[a-z/0-9]{1,9}", vec(chunk, 0..4)), 0..5);
     (manifests(), sections).prop_map(|(manifest, mut sections)| {

@@ -16,8 +16,10 @@ use tokio::time::Instant;
 pub struct TokioEnv {
     began: Instant,
     began_wall: Duration,
-    random: Mutex<Box<dyn FnMut(&mut [u8]) + Send>>,
+    random: Mutex<Random>,
 }
+
+type Random = Box<dyn FnMut(&mut [u8]) + Send>;
 
 impl TokioEnv {
     /// Takes the wall clock from the operating system and randomness from `random`, which should be the operating
