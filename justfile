@@ -1,0 +1,34 @@
+# The commands people use; `just` lists them.
+
+default:
+    @just --list
+
+# Run the contract on the simulated backend under many seeds
+contract seeds="1000":
+    cargo run --release -p vm-dst -- run --seeds {{ seeds }}
+
+# Run all tests; DST_SEED=0x2a or DST_SEEDS=n choose the seeds
+test:
+    cargo test --workspace
+
+# Show one run as a timeline
+replay seed clause:
+    cargo run --release -p vm-dst -- replay --seed {{ seed }} --clause {{ clause }}
+
+# Measure the simulator
+bench:
+    cargo run --release -p vm-dst -- bench
+
+# Check format, lints and documentation
+lint:
+    cargo fmt --all --check
+    cargo clippy --workspace --all-targets -- -D warnings
+    RUSTDOCFLAGS="-D warnings --cfg madsim" cargo doc --workspace --no-deps
+
+# Write docs/contract.md from the clause registry
+contract-doc:
+    cargo run -p vm-dst -- clauses --markdown > docs/contract.md
+
+# Run what CI runs
+ci:
+    bash .ci/run
