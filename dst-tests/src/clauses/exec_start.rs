@@ -206,25 +206,27 @@ async fn path_of_request(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
     let dir = fresh_dir(ctx, &*vm).await?;
     let name = format!("tool{}", ctx.draw(0, 9));
-    let has: Vec<bool> = (0..3).map(|_| ctx.one_in(2)).collect();
-    for (index, has) in has.iter().enumerate() {
-        let place = format!("{dir}/{index}");
-        vm.create_dir_all(&place).await?;
-        if *has {
-            install(&*vm, &format!("{place}/{name}"), &index.to_string()).await?;
+    let (mut first, mut unusable) = (None, false);
+    for place in 0..3 {
+        let file = format!("{dir}/{place}/{name}");
+        vm.create_dir_all(&format!("{dir}/{place}")).await?;
+        if ctx.one_in(3) {
+            install(&*vm, &file, &place.to_string()).await?;
+            first = first.or(Some(place));
         } else if ctx.one_in(2) {
             // A file that cannot be executed does not end the search.
-            vm.write(&format!("{place}/{name}"), "no program").await?;
+            vm.write(&file, "no program").await?;
+            unusable = true;
         }
     }
     let path = format!("{dir}/0:{dir}/1:{dir}/missing:{dir}/2");
     let result = vm.exec(ExecRequest::new(name.clone()).env("PATH", path)).await;
-    match has.iter().position(|has| *has) {
+    match first {
         Some(first) => ensure_eq!(result?.stdout_text(), format!("{first}\n"), "the first in PATH"),
-        None => match result {
-            Err(error) if error.to_string().contains("cannot run") => {}
-            other => return Err(Broken::new(format!("no {name} in PATH: {other:?}"))),
-        },
+        None if unusable => {
+            exec_failure(result, &ExecFailure::NotExecutable, "no program in PATH")?
+        }
+        None => exec_failure(result, &ExecFailure::NotFound, "nothing in PATH")?,
     }
     let nowhere = ExecRequest::new("sh").env("PATH", format!("{dir}/missing"));
     exec_failure(vm.exec(nowhere).await, &ExecFailure::NotFound, "sh, outside the request's PATH")

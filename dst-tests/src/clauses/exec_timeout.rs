@@ -52,7 +52,7 @@ async fn timeout_keeps_output(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
     let (out, err) = (ctx.text(200), ctx.text(200));
     let script = "printf %s \"$1\"; printf %s \"$2\" >&2; sleep 600";
-    let request = sh(script, [out.clone(), err.clone()]).timeout(millis(ctx, 300, 500));
+    let request = sh(script, [out.clone(), err.clone()]).timeout(millis(ctx, 900, 1200));
     let got = vm.exec(request).await?;
     ensure_eq!(got.status, ExecStatus::TimedOut, "status");
     ensure_eq!(got.stdout_text(), out, "stdout");
@@ -90,7 +90,7 @@ async fn timeout_defies_traps(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
     let script = "trap '' HUP INT TERM; echo deaf; while true; do sleep 1; done";
     let before = ctx.now();
-    let got = vm.exec(sh(script, [""; 0]).timeout(millis(ctx, 200, 400))).await?;
+    let got = vm.exec(sh(script, [""; 0]).timeout(millis(ctx, 900, 1200))).await?;
     let took = ctx.now().saturating_sub(before);
     ensure_eq!(got.status, ExecStatus::TimedOut, "status");
     ensure_eq!(got.stdout_text(), "deaf\n", "stdout");

@@ -47,7 +47,8 @@ pub(super) const CLAUSES: &[Clause] = &[
         [Files], faults: []),
     clause!(paths_refused, "files.paths_refused",
         "paths that are not absolute and normalised are refused by every operation", [Files], faults: []),
-    clause!(other_errors, "files.other_errors", "any other refusal of the guest comes with its errno",
+    clause!(other_errors, "files.other_errors",
+        "a name that is too long is an invalid path, and what has no kind of its own comes with its errno",
         [Exec, Files], faults: []),
 ];
 
@@ -382,12 +383,13 @@ async fn paths_refused(ctx: &Context) -> Verdict {
 async fn other_errors(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
     let dir = fresh_dir(ctx, &*vm).await?;
-    let (path, errno) = if ctx.one_in(2) {
-        (format!("{dir}/{}", "n".repeat(length(ctx, 256, 1000))), 36)
+    let (path, wanted) = if ctx.one_in(2) {
+        let name = "n".repeat(length(ctx, 256, 5000));
+        (format!("{dir}/{name}"), GuestFileError::InvalidPath)
     } else {
         run_ok(&*vm, sh("ln -s b a; ln -s a b", [""; 0]).cwd(dir.clone())).await?;
-        (format!("{dir}/a/{}", odd_name(ctx)), 40)
+        (format!("{dir}/a/{}", odd_name(ctx)), GuestFileError::Io { errno: 40 })
     };
     let (operation, result) = any_operation(ctx, &*vm, &path).await;
-    file_error(result, &GuestFileError::Io { errno }, &format!("{operation} on {path:?}"))
+    file_error(result, &wanted, &format!("{operation} on {path:?}"))
 }

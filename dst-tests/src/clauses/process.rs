@@ -383,7 +383,7 @@ async fn kill_interrupts(ctx: &Context) -> Verdict {
     let process = Arc::new(vm.spawn(ExecRequest::new("sleep").arg("600").open_stdin()).await?);
     let others = [process.clone(), process.clone(), process.clone(), process.clone()];
     let [reads, reads_errors, waits, writes] = others;
-    let filler = ctx.bytes(4 << 20);
+    let filler = ctx.bytes(1 << 20);
     let runs = vm.clone();
     let tasks = vec![
         (
@@ -395,7 +395,16 @@ async fn kill_interrupts(ctx: &Context) -> Verdict {
         ("read_stdout", ctx.spawn(async move { reads.read_stdout().await.map(drop) })),
         ("read_stderr", ctx.spawn(async move { reads_errors.read_stderr().await.map(drop) })),
         ("wait", ctx.spawn(async move { waits.wait().await.map(drop) })),
-        ("write_stdin", ctx.spawn(async move { writes.write_stdin(filler).await })),
+        (
+            "write_stdin",
+            ctx.spawn(async move {
+                // What is written may be held on its way, but not without bound.
+                for _ in 0..32 {
+                    writes.write_stdin(filler.clone()).await?;
+                }
+                Ok(())
+            }),
+        ),
     ];
     ctx.sleep(millis(ctx, 20, 200)).await;
     vm.kill().await?;
