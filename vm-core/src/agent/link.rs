@@ -177,7 +177,7 @@ struct Carrier<'a> {
 impl Carrier<'_> {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Fall> {
         for _ in 0..READS_A_POLL {
-            let idle = {
+            {
                 let mut state = self.inner.lock();
                 if state.dead.is_some() {
                     return Poll::Ready(Fall::Ended);
@@ -186,8 +186,7 @@ impl Carrier<'_> {
                 if self.sending.is_empty() {
                     std::mem::swap(&mut self.sending, &mut state.out);
                 }
-                state.streams.is_empty()
-            };
+            }
             if let Err(fall) = self.poll_send(cx) {
                 return Poll::Ready(fall);
             }
@@ -199,7 +198,7 @@ impl Carrier<'_> {
                     if more {
                         continue;
                     }
-                    return self.poll_heartbeat(cx, idle);
+                    return self.poll_heartbeat(cx);
                 }
             }
         }
@@ -245,8 +244,8 @@ impl Carrier<'_> {
     }
 
     /// Asks an agent that has been silent while something waits for it, and gives the connection up if it stays so.
-    fn poll_heartbeat(&mut self, cx: &mut Context<'_>, idle: bool) -> Poll<Fall> {
-        if idle && self.heartbeat.is_none() {
+    fn poll_heartbeat(&mut self, cx: &mut Context<'_>) -> Poll<Fall> {
+        if self.heartbeat.is_none() && self.inner.lock().streams.is_empty() {
             return Poll::Pending;
         }
         let parts = &self.inner.parts;
@@ -257,7 +256,12 @@ impl Carrier<'_> {
                 return Poll::Pending;
             }
             self.heartbeat = None;
-            if idle || parts.pauses.is_paused() || self.heard {
+            let heard = std::mem::take(&mut self.heard);
+            if self.inner.lock().streams.values().all(|stream| stream.end.is_some()) {
+                self.asked = false;
+                return Poll::Pending;
+            }
+            if heard || parts.pauses.is_paused() {
                 self.asked = false;
             } else if self.asked {
                 return Poll::Ready(Fall::Lost);
@@ -265,10 +269,6 @@ impl Carrier<'_> {
                 self.asked = true;
                 self.inner.ask();
                 cx.waker().wake_by_ref();
-            }
-            self.heard = false;
-            if idle {
-                return Poll::Pending;
             }
         }
     }

@@ -318,6 +318,14 @@ impl Actor {
     /// Asks the guest to power off, and waits for that as long as the grace allows and no kill comes.
     async fn ask_to_end(&mut self, client: &AgentClient, options: &StopOptions) {
         let env = self.core.parts.env.clone();
+        if self.core.pauses().is_paused() {
+            // The stop cut a snapshot or fork short, which held the vCPUs.
+            if let Ok(machine) = self.machine() {
+                let after = self.core.config.timeouts.pause;
+                let _ = crate::env::timeout(&*env, after, machine.resume()).await;
+                self.core.pauses().resume(self.core.now());
+            }
+        }
         let guest_share = options.grace - options.grace / HOST_SHARE_OF_GRACE;
         let asking = client.shutdown(options.signal.0, guest_share);
         let Some(exit) = self.exit.take() else { return };
