@@ -1,3 +1,42 @@
-//! Under construction.
+//! A seeded, deterministic simulated backend with fault injection.
+//!
+//! Everything above the hypervisor and above the guest's system calls is the code that real machines run: the core of
+//! `vm-core` and the agent of `vm-guest-agent`. This crate replaces what is below: machines, the byte stream to the
+//! agent, the guest's kernel, the host's disk, the clock and randomness. A run is a function of its seed.
+//!
+//! # Map of the crate
+//!
+//! | module | what it holds |
+//! | --- | --- |
+//! | [`backend`] | [`SimBackend`], the entrance |
+//! | [`env`](mod@env) | virtual time, under tokio, turmoil or madsim |
+//! | [`machine`] | the simulated hypervisor |
+//! | [`guest`] | the guest's operating system and its programs |
+//! | [`host`] | the host's limits and its disk |
+//! | [`fault`] | fault plans |
+//! | [`trace`] | fingerprint and timeline |
+//! | [`ledger`] | what is left on the host |
+//! | [`scenario`] | runs to measure by |
+#![forbid(unsafe_code)]
 
+pub mod backend;
+pub mod env;
+pub mod fault;
 pub mod guest;
+pub mod host;
+pub mod ledger;
+pub mod machine;
+mod rng;
+pub mod scenario;
+pub mod trace;
+mod world;
+mod yields;
+
+pub use backend::{BuildError, SimBackend, SimBackendBuilder};
+pub use env::{SimEnv, SimEnvKind};
+pub use fault::{FaultPlan, FaultRule, FaultTrigger, PlanError};
+pub use guest::{GuestProgram, ProgramRegistry};
+pub use host::{SimHost, SimHostFs, SimHostLimits};
+pub use ledger::Ledger;
+pub use trace::{Timeline, TimelineLine};
+pub use yields::Yields;

@@ -1,0 +1,446 @@
+//! A machine's state and what moves it.
+
+use super::{
+    console::Console,
+    guest::{Guest, Progress},
+    link::{Pipe, SimLink},
+};
+use crate::{
+    env::Timer,
+    fault::{GuestHook, Vms},
+    ledger::Held,
+    rng::{Purpose, scale},
+    trace::Tag,
+    world::{World, nanos},
+};
+use bytes::Bytes;
+use std::{
+    collections::BTreeMap,
+    future::Future,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+use tokio::sync::Notify;
+use vm_core::{
+    env::Env,
+    fault::FaultKind,
+    machine::{MachineError, MachineExit, MachineSpec, MachineStatus},
+};
+use vm_guest_agent::core::ConnId;
+use vm_trait::{CrashReason, VmId};
+
+/// A message takes this long from the host to the guest.
+const LATENCY: (Duration, Duration) = (Duration::from_micros(20), Duration::from_micros(400));
+
+/// A machine, as its handle, its driver, its links and the host know it.
+pub(crate) struct Shared {
+    world: Arc<World>,
+    spec: MachineSpec,
+    state: Mutex<State>,
+    ended: Notify,
+    number: AtomicU64,
+}
+
+pub(super) struct State {
+    pub(super) status: MachineStatus,
+    pub(super) exit: Option<MachineExit>,
+    pub(super) guest: Option<Guest>,
+    pub(super) pipes: BTreeMap<ConnId, Pipe>,
+    pub(super) console: Console,
+    next_conn: u64,
+    /// The guest's disks are the host's, and not private copies.
+    pub(super) disks_attached: bool,
+    driver: Driver,
+    /// A place on the host, in the ledger too.
+    place: Option<Held>,
+}
+
+/// The task that lets the guest run, and the timer it waits for.
+#[derive(Default)]
+struct Driver {
+    waker: Option<Waker>,
+    timer: Option<(Duration, Timer)>,
+}
+
+/// What is to be done once no lock is held.
+#[derive(Debug, Default)]
+struct Aftermath {
+    host_lost: bool,
+}
+
+impl Shared {
+    /// Finds room on the host for a machine.
+    pub(super) fn create(world: &Arc<World>, spec: MachineSpec) -> Result<Arc<Self>, MachineError> {
+        world.host().reserve(&world.limits, spec.config.memory)?;
+        let console = usize::try_from(spec.config.console_bytes).unwrap_or(usize::MAX);
+        let state = State {
+            status: MachineStatus::Fresh,
+            exit: None,
+            guest: None,
+            pipes: BTreeMap::new(),
+            console: Console::new(console),
+            next_conn: 0,
+            disks_attached: false,
+            driver: Driver::default(),
+            place: Some(world.counters.machines.hold()),
+        };
+        let shared = Arc::new(Self {
+            world: Arc::clone(world),
+            spec,
+            state: Mutex::new(state),
+            ended: Notify::new(),
+            number: AtomicU64::new(0),
+        });
+        shared.number.store(world.enlist(&shared), Ordering::Relaxed);
+        shared.note(1, || "machine made".to_owned());
+        Ok(shared)
+    }
+
+    pub(crate) fn vm(&self) -> VmId {
+        self.spec.vm
+    }
+
+    pub(super) fn spec(&self) -> &MachineSpec {
+        &self.spec
+    }
+
+    pub(super) fn world(&self) -> &Arc<World> {
+        &self.world
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn note(&self, what: u64, text: impl FnOnce() -> String) {
+        self.world.note(Some(self.spec.vm), Tag::Machine, &[what, self.spec.life], text);
+    }
+
+    pub(super) fn note_bytes(&self, tag: Tag, bytes: &[u8], now: Duration) {
+        let numbers = [bytes.len() as u64];
+        self.world.trace.record(now, Some(self.spec.vm), tag, &numbers, bytes, String::new);
+    }
+
+    pub(super) fn strike(&self, kind: FaultKind) -> Option<crate::fault::Fired> {
+        self.world.strike(kind, Vms::One(self.spec.vm))
+    }
+
+    /// Puts a guest into a machine that had none, running or standing still.
+    pub(super) fn install(self: &Arc<Self>, state: &mut State, mut guest: Guest, running: bool) {
+        guest.os.set_faults(Some(Box::new(GuestHook::new(&self.world, self.spec.vm))));
+        if running {
+            guest.thaw(self.world.now());
+        }
+        state.guest = Some(guest);
+        state.status = if running { MachineStatus::Running } else { MachineStatus::Paused };
+        let machine = Arc::downgrade(self);
+        let drive = std::future::poll_fn(move |cx| match machine.upgrade() {
+            Some(machine) => machine.drive(cx),
+            None => Poll::Ready(()),
+        });
+        self.world.env.spawn("machine", Box::pin(drive));
+    }
+
+    /// Ends the machine in any condition; the first end counts.
+    pub(crate) fn end(&self, exit: MachineExit) {
+        let mut state = self.lock();
+        self.finish(&mut state, exit);
+    }
+
+    fn finish(&self, state: &mut State, exit: MachineExit) {
+        if state.exit.is_some() {
+            return;
+        }
+        self.note(2, || format!("machine ended: {exit:?}"));
+        state.status = MachineStatus::Ended;
+        state.exit = Some(exit);
+        let mut host = self.world.host();
+        host.release(self.spec.config.memory);
+        if state.disks_attached {
+            let images = state.guest.as_ref().map(Guest::disks).unwrap_or_default();
+            let mut images = images.into_iter();
+            for disk in &self.spec.config.disks {
+                host.detach(disk, images.next());
+            }
+            state.disks_attached = false;
+        }
+        drop(host);
+        state.guest = None;
+        state.place = None;
+        for pipe in state.pipes.values_mut() {
+            pipe.break_down(&mut |_| 0);
+            pipe.end();
+        }
+        state.pipes.retain(|_, pipe| !pipe.host_dropped);
+        state.driver.timer = None;
+        if let Some(waker) = state.driver.waker.take() {
+            waker.wake();
+        }
+        self.world.strike_off(self.number.load(Ordering::Relaxed));
+        self.ended.notify_waiters();
+    }
+
+    pub(super) async fn wait(&self) -> MachineExit {
+        loop {
+            let mut ended = std::pin::pin!(self.ended.notified());
+            ended.as_mut().enable();
+            if let Some(exit) = self.lock().exit.clone() {
+                return exit;
+            }
+            ended.await;
+        }
+    }
+
+    /// Lets the driver look again when to act next.
+    pub(crate) fn wake_driver(&self) {
+        let state = self.lock();
+        if let Some(waker) = &state.driver.waker {
+            waker.wake_by_ref();
+        }
+    }
+
+    pub(crate) fn turn_deaf(&self) {
+        if let Some(guest) = &mut self.lock().guest {
+            guest.deaf = true;
+        }
+    }
+
+    /// Makes sure that the driver acts at `due`.
+    pub(super) fn arm(&self, state: &mut State, due: Duration, now: Duration) {
+        if state.status != MachineStatus::Running {
+            return;
+        }
+        if state.driver.timer.as_ref().is_some_and(|(known, _)| *known <= due) {
+            return;
+        }
+        let Some(waker) = state.driver.waker.clone() else {
+            // The driver has not begun; it will find out by itself.
+            return;
+        };
+        let mut timer = self.world.env.timer(due.saturating_sub(now));
+        if due <= now || Pin::new(&mut timer).poll(&mut Context::from_waker(&waker)).is_ready() {
+            waker.wake();
+        } else {
+            state.driver.timer = Some((due, timer));
+        }
+    }
+
+    /// The driver's poll.
+    fn drive(&self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            let mut aftermath = Aftermath::default();
+            let over = self.drive_once(cx, &mut aftermath);
+            self.world.die_if_due();
+            if aftermath.host_lost {
+                self.world.lose_host();
+            }
+            if let Some(poll) = over {
+                return poll;
+            }
+        }
+    }
+
+    /// Lets the guest run until it waits; `None` where it does not.
+    fn drive_once(&self, cx: &mut Context<'_>, aftermath: &mut Aftermath) -> Option<Poll<()>> {
+        let mut state = self.lock();
+        let state = &mut *state;
+        if state.exit.is_some() {
+            return Some(Poll::Ready(()));
+        }
+        if !state.driver.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+            state.driver.waker = Some(cx.waker().clone());
+        }
+        let now = self.world.now();
+        let due = self.step(state, now, aftermath);
+        if aftermath.host_lost {
+            return None;
+        }
+        if state.exit.is_some() {
+            return Some(Poll::Ready(()));
+        }
+        let Some(due) = due else {
+            state.driver.timer = None;
+            return Some(Poll::Pending);
+        };
+        if state.driver.timer.as_ref().is_some_and(|(known, _)| *known == due && due > now) {
+            return Some(Poll::Pending);
+        }
+        let mut timer = self.world.env.timer(due.saturating_sub(now));
+        if Pin::new(&mut timer).poll(cx).is_ready() {
+            return None;
+        }
+        state.driver.timer = Some((due, timer));
+        Some(Poll::Pending)
+    }
+
+    /// Lets the guest do what is due, and gives the host's time at which it is to act next.
+    fn step(&self, state: &mut State, now: Duration, aftermath: &mut Aftermath) -> Option<Duration> {
+        if state.status != MachineStatus::Running {
+            return None;
+        }
+        let guest = state.guest.as_mut()?;
+        let mut progress =
+            guest.run(now, &mut state.pipes, &mut state.console, &self.world.streams);
+        let mut next = progress.next.and_then(|next| guest.host_time(next));
+        if self.world.faults.may_befall() && guest.listens() && progress.exit.is_none() {
+            self.befall(state, now, &mut progress, aftermath);
+            next = earliest(next, self.world.faults.next_befalling(self.spec.vm));
+        }
+        if let Some(exit) = progress.exit {
+            self.finish(state, exit);
+            return None;
+        }
+        for pipe in state.pipes.values_mut() {
+            if !pipe.is_stalled(now) {
+                pipe.wake_after_stall(now);
+            }
+            next = earliest(next, pipe.stall_end(now));
+        }
+        earliest(next, self.world.host().dies_at)
+    }
+
+    /// Lets faults befall the running machine.
+    fn befall(
+        &self,
+        state: &mut State,
+        now: Duration,
+        progress: &mut Progress,
+        aftermath: &mut Aftermath,
+    ) {
+        for fault in self.world.faults.befall(self.spec.vm, now, progress.delivered) {
+            self.world.note_fault(Some(self.spec.vm), fault.kind, &fault.fired);
+            let Some(guest) = &mut state.guest else { return };
+            match fault.kind {
+                FaultKind::GuestPanic => guest.os.panic("Fatal exception in interrupt"),
+                FaultKind::GuestOom => {
+                    guest.os.kill_for_memory();
+                    guest.act_again(now);
+                }
+                FaultKind::VmmKilled => {
+                    progress.exit.get_or_insert(MachineExit::Crashed(CrashReason::VmmDied));
+                }
+                FaultKind::HostLost => aftermath.host_lost = true,
+                FaultKind::ClockForward | FaultKind::ClockBack => {
+                    let most = Duration::from_secs(3600 * 24 * 30);
+                    let far = fault.fired.amount(Duration::from_secs(1), most);
+                    let far = i64::try_from(far.as_nanos()).unwrap_or(i64::MAX);
+                    let ahead = fault.kind == FaultKind::ClockForward;
+                    guest.os.shift_wall_clock(if ahead { far } else { -far });
+                }
+                _ => {}
+            }
+            guest.take_events(&mut state.console, progress);
+        }
+    }
+
+    /// Lets a guest that is about to be stopped do what is due.
+    pub(super) fn catch_up(&self, state: &mut State, now: Duration) -> Result<(), MachineError> {
+        state.driver.timer = None;
+        let Some(guest) = &mut state.guest else { return Err(MachineError::Ended) };
+        let streams = &self.world.streams;
+        let progress = guest.run(now, &mut state.pipes, &mut state.console, streams);
+        match progress.exit {
+            Some(exit) => {
+                self.finish(state, exit);
+                Err(MachineError::Ended)
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Dials the agent.
+    pub(super) fn connect(self: &Arc<Self>) -> Result<SimLink, MachineError> {
+        let accept_late = self.strike(FaultKind::LinkDelayedAccept);
+        let mut state = self.lock();
+        let now = self.world.now();
+        if state.exit.is_some() {
+            return Err(MachineError::Ended);
+        }
+        if !state.guest.as_ref().is_some_and(Guest::listens) {
+            return Err(MachineError::NotListening);
+        }
+        let conn = ConnId(state.next_conn);
+        state.next_conn += 1;
+        let late = accept_late.map_or(Duration::ZERO, |fired| {
+            fired.amount(Duration::from_millis(1), Duration::from_secs(2))
+        });
+        state.pipes.insert(conn, Pipe::new(now + late));
+        drop(state);
+        self.world.note(Some(self.spec.vm), Tag::Machine, &[7, conn.0, nanos(late)], || {
+            format!("dialled, connection {}", conn.0)
+        });
+        Ok(SimLink::new(Arc::clone(self), conn))
+    }
+
+    pub(super) fn console(&self) -> Bytes {
+        self.lock().console.to_bytes()
+    }
+
+    /// Lets the link's faults happen at a write of the host; says whether the connection broke.
+    pub(super) fn trouble(&self, pipe: &mut Pipe, now: Duration) -> bool {
+        if let Some(fired) = self.strike(FaultKind::LinkStall) {
+            let long = fired.amount(Duration::from_millis(1), Duration::from_secs(20));
+            pipe.stall(now + long);
+        }
+        if self.strike(FaultKind::LinkDisconnect).is_some() {
+            pipe.break_down(&mut |bound| self.world.streams.index(Purpose::Link, bound));
+            return true;
+        }
+        false
+    }
+
+    /// Gives how many of `most` bytes are moved.
+    pub(super) fn shorten(&self, most: usize) -> usize {
+        match self.strike(FaultKind::LinkShort) {
+            Some(fired) if most > 1 => {
+                let bound = u64::try_from(most - 1).unwrap_or(u64::MAX);
+                1 + usize::try_from(scale(fired.random, bound)).unwrap_or(0)
+            }
+            _ => most,
+        }
+    }
+
+    /// Gives when bytes that are sent now arrive; behind those that are under way.
+    pub(super) fn arrival(&self, pipe: &Pipe, now: Duration) -> Duration {
+        match pipe.last_arrival() {
+            Some(last) if last > now => last,
+            _ => now + self.world.streams.duration(Purpose::RequestLatency, LATENCY.0, LATENCY.1),
+        }
+    }
+
+    /// Lets the guest send on, now that the host has made room.
+    pub(super) fn host_has_read(&self, state: &mut State, now: Duration) {
+        if state.status != MachineStatus::Running {
+            return;
+        }
+        let Some(guest) = &mut state.guest else { return };
+        if guest.send_waiting(&mut state.pipes) {
+            guest.act_again(now);
+            self.arm(state, now, now);
+        }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        debug_assert!(self.lock().exit.is_some(), "the handle ends its machine");
+    }
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("vm", &self.spec.vm).finish_non_exhaustive()
+    }
+}
+
+fn earliest(one: Option<Duration>, other: Option<Duration>) -> Option<Duration> {
+    match (one, other) {
+        (Some(one), Some(other)) => Some(one.min(other)),
+        (one, other) => one.or(other),
+    }
+}

@@ -1,0 +1,246 @@
+//! The trace: everything that happens, hashed as it happens.
+
+use serde::{Deserialize, Serialize};
+use std::{
+    fmt,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+use twox_hash::XxHash3_128;
+use vm_core::observe::Occurrence;
+use vm_guest_protocol::Frame;
+use vm_trait::VmId;
+
+/// Something that happened, for people.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TimelineLine {
+    /// Virtual time since the run began.
+    pub at: Duration,
+    /// The VM concerned, where there is one.
+    pub vm: Option<VmId>,
+    /// What happened.
+    pub text: String,
+}
+
+impl fmt::Display for TimelineLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:>5}.{:06}s  ", self.at.as_secs(), self.at.subsec_micros())?;
+        match self.vm {
+            Some(vm) => write!(f, "{vm}  ")?,
+            None => write!(f, "{:19}  ", "host")?,
+        }
+        f.write_str(&self.text)
+    }
+}
+
+/// What kind of event a record is; part of what is hashed.
+#[derive(Clone, Copy, Debug)]
+#[repr(u8)]
+pub(crate) enum Tag {
+    Begun = 1,
+    Ended,
+    State,
+    Frame,
+    LinkUp,
+    LinkDown,
+    Took,
+    Fault,
+    Ordered,
+    Machine,
+    ToGuest,
+    ToHost,
+    Console,
+    Clock,
+    HostFile,
+    Note,
+}
+
+/// How much of a run is kept for people.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Timeline {
+    /// Nothing: the fingerprint alone.
+    #[default]
+    Off,
+    /// Everything but frames.
+    Events,
+    /// Everything.
+    Frames,
+}
+
+pub(crate) struct Trace {
+    timeline: Timeline,
+    state: Mutex<TraceState>,
+}
+
+struct TraceState {
+    hasher: XxHash3_128,
+    events: u64,
+    lines: Vec<TimelineLine>,
+}
+
+impl Trace {
+    pub(crate) fn new(seed: u64, timeline: Timeline) -> Self {
+        let state = TraceState { hasher: XxHash3_128::with_seed(seed), events: 0, lines: vec![] };
+        Self { timeline, state: Mutex::new(state) }
+    }
+
+    /// Takes note of an event: its time, VM, kind, numbers and bytes. The text is made for the timeline only.
+    pub(crate) fn record(
+        &self,
+        at: Duration,
+        vm: Option<VmId>,
+        tag: Tag,
+        numbers: &[u64],
+        bytes: &[u8],
+        text: impl FnOnce() -> String,
+    ) {
+        const NUMBERS: usize = 4;
+        let mut head = [0_u8; 8 * (NUMBERS + 2) + 2];
+        let nanos = u64::try_from(at.as_nanos()).unwrap_or(u64::MAX);
+        head[..8].copy_from_slice(&nanos.to_le_bytes());
+        head[8..16].copy_from_slice(&vm.map_or(0, |vm| vm.0).to_le_bytes());
+        head[16] = tag as u8;
+        head[17] = u8::from(vm.is_some());
+        let mut end = 18;
+        for number in numbers.iter().take(NUMBERS) {
+            head[end..end + 8].copy_from_slice(&number.to_le_bytes());
+            end += 8;
+        }
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.hasher.write(&head[..end]);
+        if !bytes.is_empty() {
+            state.hasher.write(bytes);
+        }
+        state.events += 1;
+        let wanted = match self.timeline {
+            Timeline::Off => false,
+            Timeline::Events => !matches!(tag, Tag::Frame | Tag::ToGuest | Tag::ToHost),
+            Timeline::Frames => !matches!(tag, Tag::ToGuest | Tag::ToHost),
+        };
+        if wanted {
+            state.lines.push(TimelineLine { at, vm, text: text() });
+        }
+    }
+
+    /// Takes note of what the core reports.
+    pub(crate) fn occurrence(&self, at: Duration, vm: VmId, occurrence: &Occurrence<'_>) {
+        let some = Some(vm);
+        match occurrence {
+            Occurrence::Begun { operation, call, detail } => {
+                let name = operation.name();
+                self.record(at, some, Tag::Begun, &[*call, hash(name)], detail.as_bytes(), || {
+                    format!("{name} #{call} {detail}").trim_end().to_owned()
+                });
+            }
+            Occurrence::Ended { operation, call, outcome } => {
+                let name = operation.name();
+                self.record(at, some, Tag::Ended, &[*call, hash(name)], outcome.as_bytes(), || {
+                    format!("{name} #{call}: {outcome}")
+                });
+            }
+            Occurrence::State { from, to } => {
+                let numbers = [hash(from.name()), hash(to.name())];
+                self.record(at, some, Tag::State, &numbers, &[], || format!("{from} -> {to}"));
+            }
+            Occurrence::Frame { sent, stream, frame } => {
+                let numbers = [u64::from(*sent), u64::from(*stream), frame_kind(frame)];
+                self.record(at, some, Tag::Frame, &numbers, &[], || {
+                    let arrow = if *sent { "->" } else { "<-" };
+                    format!("{arrow} stream {stream}: {}", describe(frame))
+                });
+            }
+            Occurrence::LinkUp { resumed, failed_dials } => {
+                let numbers = [u64::from(*resumed), u64::from(*failed_dials)];
+                self.record(at, some, Tag::LinkUp, &numbers, &[], || {
+                    let session = if *resumed { "resumed" } else { "new" };
+                    format!("link up: session {session}, after {failed_dials} failed dials")
+                });
+            }
+            Occurrence::LinkDown => {
+                self.record(at, some, Tag::LinkDown, &[], &[], || "link down".to_owned());
+            }
+            Occurrence::Took { stage, duration } => {
+                let nanos = u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
+                self.record(at, some, Tag::Took, &[nanos, hash(stage)], &[], || {
+                    format!("{stage} took {duration:?}")
+                });
+            }
+            other => {
+                self.record(at, some, Tag::Note, &[], &[], || format!("{other:?}"));
+            }
+        }
+    }
+
+    pub(crate) fn fingerprint(&self) -> u128 {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).hasher.finish_128()
+    }
+
+    pub(crate) fn events(&self) -> u64 {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).events
+    }
+
+    pub(crate) fn lines(&self) -> Vec<TimelineLine> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).lines.clone()
+    }
+}
+
+/// Hashes a short name (FNV-1a), so that it takes the place of a number.
+pub(crate) fn hash(name: &str) -> u64 {
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
+fn frame_kind(frame: &Frame) -> u64 {
+    match frame {
+        Frame::Hello(_) => 1,
+        Frame::Welcome(_) => 2,
+        Frame::Refused(_) => 3,
+        Frame::Open(_) => 4,
+        Frame::Started(_) => 5,
+        Frame::Data { .. } => 6,
+        Frame::Eof { .. } => 7,
+        Frame::Credit { .. } => 8,
+        Frame::Done(_) => 10,
+        Frame::Failed(_) => 11,
+        Frame::Exited(_) => 12,
+        Frame::Close => 13,
+        #[allow(unreachable_patterns, reason = "the protocol may gain frames")]
+        _ => 0,
+    }
+}
+
+fn describe(frame: &Frame) -> String {
+    match frame {
+        Frame::Data { channel, offset, bytes } => {
+            format!("Data {channel:?} {} bytes at {offset}", bytes.len())
+        }
+        other => format!("{other:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_part_of_an_event_counts() {
+        let print = |at: u64, vm: Option<VmId>, tag: Tag, numbers: &[u64], bytes: &[u8]| {
+            let trace = Trace::new(1, Timeline::Off);
+            trace.record(Duration::from_nanos(at), vm, tag, numbers, bytes, String::new);
+            trace.fingerprint()
+        };
+        let base = print(5, Some(VmId(7)), Tag::Machine, &[1, 2], b"x");
+        assert_eq!(base, print(5, Some(VmId(7)), Tag::Machine, &[1, 2], b"x"));
+        for other in [
+            print(6, Some(VmId(7)), Tag::Machine, &[1, 2], b"x"),
+            print(5, Some(VmId(8)), Tag::Machine, &[1, 2], b"x"),
+            print(5, None, Tag::Machine, &[1, 2], b"x"),
+            print(5, Some(VmId(7)), Tag::Fault, &[1, 2], b"x"),
+            print(5, Some(VmId(7)), Tag::Machine, &[1, 3], b"x"),
+            print(5, Some(VmId(7)), Tag::Machine, &[1, 2], b"y"),
+        ] {
+            assert_ne!(base, other);
+        }
+    }
+}
