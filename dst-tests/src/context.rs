@@ -31,11 +31,14 @@ pub struct Setup {
     /// How faults are made to happen, where they can be.
     pub faults: Option<Arc<dyn FaultControl>>,
     /// Gives a directory of the guest that a check may write in, without a slash at its end.
-    pub scratch: fn(&dyn VmInstance) -> String,
+    pub scratch: Arc<Scratch>,
     /// Lists what is left on the host once every handle is dropped; empty where nothing is. It is asked again for a
     /// while before what it says is held against the backend.
     pub leftovers: Arc<dyn Fn() -> Vec<String> + Send + Sync>,
 }
+
+/// Gives a directory of a guest.
+pub type Scratch = dyn Fn(&dyn VmInstance) -> String + Send + Sync;
 
 /// What a check has at hand: the backend, generated inputs, time and faults.
 pub struct Context {
@@ -281,6 +284,12 @@ impl<T> Task<T> {
     /// [`Broken`] where the task panicked.
     pub async fn join(self) -> Result<T, Broken> {
         self.0.await.map_err(|_| Broken::new("a task of the check panicked"))
+    }
+}
+
+impl fmt::Debug for Setup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Setup").field("backend", &self.backend).finish_non_exhaustive()
     }
 }
 

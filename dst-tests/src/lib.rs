@@ -1,5 +1,18 @@
 //! The behavioural contract of twinvm: clauses, runner and reports.
 //!
+//! A backend's own test program needs little more than this:
+//!
+//! ```no_run
+//! # use std::{process::ExitCode, sync::Arc};
+//! # use vm_dst::target::TokioTarget;
+//! # use vm_trait::{Capabilities, VmBackend};
+//! # async fn open() -> Arc<dyn VmBackend> { unimplemented!() }
+//! fn main() -> ExitCode {
+//!     let target = TokioTarget::new("mine", Capabilities::all(), open);
+//!     vm_dst::contract_main(vec![Arc::new(target)])
+//! }
+//! ```
+//!
 //! # Map of the crate
 //!
 //! | module | what it holds |
@@ -7,10 +20,34 @@
 //! | [`clause`] | [`Clause`](clause::Clause): a promise as data and a check |
 //! | [`context`] | what a check has at hand: the backend, generated inputs, time, faults |
 //! | [`clauses`] | the clauses themselves, by group |
+//! | [`honesty`] | the clauses that bind a backend to answer `Unsupported` |
 //! | [`target`] | [`Target`](target::Target): a backend to hold to the contract |
+//! | [`environment`] | madsim, tokio with paused time, turmoil |
+//! | [`session`] | one run inside its environment |
+//! | [`plan`] | which clauses are run on a target, and which are left out and why |
+//! | [`runner`] | all clauses under all seeds on all cores |
+//! | [`summary`], [`report`] | what came of it, as data and as text |
+//! | [`contract`] | the contract as a test program |
+//! | [`contract_doc`] | the contract as a document |
+//! | [`seeds`], [`filter`] | choosing seeds and clauses |
+//! | [`panics`] | catching panics |
 #![forbid(unsafe_code)]
 
 pub mod clause;
 pub mod clauses;
 pub mod context;
+pub mod contract;
+pub mod contract_doc;
+pub mod environment;
+pub mod filter;
+pub mod honesty;
+pub mod panics;
+pub mod plan;
+pub mod report;
+pub mod runner;
+pub mod seeds;
+pub mod session;
+pub mod summary;
 pub mod target;
+
+pub use contract::{Contract, contract_main};

@@ -1,9 +1,15 @@
 //! A backend to hold to the contract.
 
-use crate::clause::Clause;
-use std::{collections::BTreeMap, fmt};
+use crate::{clause::Clause, seeds::Seeds};
+use std::{collections::BTreeMap, fmt, time::Duration};
 use vm_core::fault::FaultKind;
 use vm_trait::Capabilities;
+
+mod process;
+mod tokio;
+
+pub use process::ProcessTarget;
+pub use tokio::{Opened, TokioTarget};
 
 /// A backend to hold to the contract: how it is opened for a run, and in which environment the run takes place.
 pub trait Target: Send + Sync + fmt::Debug {
@@ -27,6 +33,32 @@ pub trait Target: Send + Sync + fmt::Debug {
     /// The reason, for people.
     fn fit(&self) -> Result<(), String> {
         Ok(())
+    }
+
+    /// Says whether the same seed gives the same fingerprint every time.
+    fn is_deterministic(&self) -> bool {
+        false
+    }
+
+    /// Gives how many runs may go on at a time, where the host sets a limit.
+    fn parallel_runs(&self) -> Option<usize> {
+        None
+    }
+
+    /// Gives how many seeds a test runs by default.
+    fn test_seeds(&self) -> u64 {
+        1
+    }
+
+    /// Gives the real time after which a run is given up as one that will never end.
+    fn patience(&self) -> Duration {
+        Duration::from_secs(600)
+    }
+
+    /// Gives the one line that runs this clause with this seed again.
+    fn replay_line(&self, clause: &Clause, seed: u64) -> String {
+        let name = trial_name(self.name(), clause);
+        format!("DST_SEED={seed:#x} cargo test -- --exact {name}")
     }
 
     /// Runs one clause once, to its end. Called from several threads at a time, each with its own run.
@@ -53,4 +85,16 @@ pub struct RunReport {
     pub fingerprint: Option<u128>,
     /// Everything that happened, a line each, where it was asked for.
     pub timeline: Vec<String>,
+}
+
+/// Names the test of a clause on a backend: `sim::exec::every_exit_code`.
+#[must_use]
+pub fn trial_name(target: &str, clause: &Clause) -> String {
+    format!("{target}::{}", clause.id.replacen('.', "::", 1))
+}
+
+/// Gives the seeds that a test of this target runs, where no variable asks for others.
+#[must_use]
+pub fn default_seeds(target: &dyn Target) -> Seeds {
+    Seeds { first: 0, count: target.test_seeds().max(1), source: crate::seeds::SeedSource::Default }
 }

@@ -1,0 +1,240 @@
+//! Running clauses under many seeds on all cores.
+
+use crate::{
+    plan::{Ignored, Plan},
+    seeds::Seeds,
+    summary::{Failure, Summary},
+    target::{Detail, RunReport, Target},
+};
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc::{self, RecvTimeoutError},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+/// What is to be run, and how.
+#[derive(Clone, Debug)]
+pub struct Session {
+    /// The target.
+    pub target: Arc<dyn Target>,
+    /// Its clauses.
+    pub plan: Plan,
+    /// The seeds, each for every clause.
+    pub seeds: Seeds,
+    /// How many runs go on at a time; the target may set a lower limit.
+    pub jobs: usize,
+    /// Runs everything twice and compares the fingerprints.
+    pub twice: bool,
+    /// Ends the session early once it is set.
+    pub interrupt: Arc<AtomicBool>,
+}
+
+/// How far a session is.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress {
+    /// Runs that have ended.
+    pub done: u64,
+    /// Runs in all.
+    pub all: u64,
+    /// Of those that have ended, how many broke a promise.
+    pub failed: u64,
+}
+
+impl Session {
+    /// Plans to run `plan` on `target` on every core.
+    #[must_use]
+    pub fn new(target: Arc<dyn Target>, plan: Plan, seeds: Seeds) -> Self {
+        Self { target, plan, seeds, jobs: cores(), twice: false, interrupt: Arc::default() }
+    }
+
+    /// Counts the runs.
+    #[must_use]
+    pub fn runs(&self) -> u64 {
+        let clauses = u64::try_from(self.plan.clauses.len()).unwrap_or(u64::MAX);
+        self.seeds.count.saturating_mul(clauses)
+    }
+
+    /// Runs everything, and calls `on_progress` after every run.
+    pub fn run(&self, on_progress: &mut dyn FnMut(Progress)) -> Summary {
+        let began = Instant::now();
+        let ignored = self.plan.ignored.iter();
+        let ignored = ignored.map(|Ignored { clause, reason }| (*clause, reason.as_str()));
+        let mut summary = Summary::new(&*self.target, self.seeds, &self.plan.clauses, ignored);
+        summary.twice = self.twice;
+        self.pool().drain(self, &mut summary, on_progress);
+        summary.interrupted = summary.items < self.runs();
+        summary.seconds = began.elapsed().as_secs_f64();
+        summary.sort_failures();
+        summary
+    }
+
+    fn add_to(&self, summary: &mut Summary, item: Item, reports: &[RunReport], took: Duration) {
+        let clause = (item.clause, self.plan.clauses[item.clause]);
+        summary.add(&*self.target, clause, item.seed, reports, took);
+    }
+
+    fn pool(&self) -> Pool {
+        let work = Arc::new(Work { session: self.clone(), next: AtomicU64::new(0) });
+        let limit = self.target.parallel_runs().unwrap_or(usize::MAX);
+        let most = usize::try_from(self.runs()).unwrap_or(usize::MAX);
+        let jobs = self.jobs.min(limit).min(most);
+        let (send, receive) = mpsc::channel();
+        let mut pool = Pool { work, send, receive, workers: Vec::new() };
+        (0..jobs).for_each(|_| pool.hire());
+        pool
+    }
+}
+
+/// Counts the cores that this process may use.
+#[must_use]
+pub fn cores() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// What the workers share.
+struct Work {
+    session: Session,
+    next: AtomicU64,
+}
+
+/// A run: the index of the clause and the seed.
+#[derive(Clone, Copy)]
+struct Item {
+    clause: usize,
+    seed: u64,
+}
+
+impl Work {
+    fn take(&self) -> Option<Item> {
+        if self.session.interrupt.load(Ordering::Relaxed) {
+            return None;
+        }
+        let index = self.next.fetch_add(1, Ordering::Relaxed);
+        if index >= self.session.runs() {
+            return None;
+        }
+        // All clauses of a seed before the next seed, so that what an interrupted session ran is even.
+        let clauses = u64::try_from(self.session.plan.clauses.len()).ok()?;
+        let clause = usize::try_from(index % clauses).ok()?;
+        Some(Item { clause, seed: self.session.seeds.at(index / clauses) })
+    }
+
+    fn run(&self, item: Item) -> Vec<RunReport> {
+        let times = if self.session.twice { 2 } else { 1 };
+        let clause = self.session.plan.clauses[item.clause];
+        let target = &self.session.target;
+        (0..times).map(|_| target.run(clause, item.seed, Detail::Fingerprint)).collect()
+    }
+}
+
+/// What a worker does now, so that one that is stuck can be told.
+#[derive(Default)]
+struct Desk {
+    busy: Mutex<Option<(Item, Instant)>>,
+    dismissed: AtomicBool,
+}
+
+enum Message {
+    Done { worker: usize, item: Item, reports: Vec<RunReport>, took: Duration },
+    Left { worker: usize },
+}
+
+struct Pool {
+    work: Arc<Work>,
+    send: mpsc::Sender<Message>,
+    receive: mpsc::Receiver<Message>,
+    workers: Vec<(Arc<Desk>, bool)>,
+}
+
+impl Pool {
+    fn hire(&mut self) {
+        let worker = self.workers.len();
+        let desk = Arc::new(Desk::default());
+        self.workers.push((desk.clone(), true));
+        let (work, send) = (self.work.clone(), self.send.clone());
+        let body = move || {
+            while !desk.dismissed.load(Ordering::Relaxed) {
+                let Some(item) = work.take() else { break };
+                let began = Instant::now();
+                desk.set(Some((item, began)));
+                let reports = work.run(item);
+                desk.set(None);
+                let took = began.elapsed();
+                if send.send(Message::Done { worker, item, reports, took }).is_err() {
+                    return;
+                }
+            }
+            let _ = send.send(Message::Left { worker });
+        };
+        let spawned = thread::Builder::new().name("contract".to_owned()).spawn(body);
+        if spawned.is_err() {
+            self.workers[worker].1 = false;
+        }
+    }
+
+    fn drain(
+        mut self,
+        session: &Session,
+        summary: &mut Summary,
+        on_progress: &mut dyn FnMut(Progress),
+    ) {
+        let all = session.runs();
+        while self.workers.iter().any(|(_, present)| *present) {
+            match self.receive.recv_timeout(Duration::from_millis(250)) {
+                Ok(Message::Done { worker, item, reports, took }) => {
+                    // What a worker says after it was given up has been counted already.
+                    if self.workers[worker].1 {
+                        session.add_to(summary, item, &reports, took);
+                    }
+                }
+                Ok(Message::Left { worker }) => self.workers[worker].1 = false,
+                Err(RecvTimeoutError::Timeout) => self.dismiss_stuck(session, summary),
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+            on_progress(Progress { done: summary.items, all, failed: summary.failed });
+        }
+    }
+
+    /// Gives up workers whose run will not end. A thread cannot be ended from outside, so it is left to spin, and
+    /// another takes its place.
+    fn dismiss_stuck(&mut self, session: &Session, summary: &mut Summary) {
+        let patience = session.target.patience();
+        for worker in 0..self.workers.len() {
+            let (desk, present) = &self.workers[worker];
+            let Some((item, began)) = desk.get().filter(|_| *present) else { continue };
+            if began.elapsed() < patience {
+                continue;
+            }
+            desk.dismissed.store(true, Ordering::Relaxed);
+            self.workers[worker].1 = false;
+            let broken =
+                format!("the run did not end within {patience:?} of real time: a livelock");
+            let report = RunReport { broken: Some(broken), ..RunReport::default() };
+            session.add_to(summary, item, &[report], began.elapsed());
+            self.hire();
+        }
+    }
+}
+
+impl Desk {
+    fn set(&self, what: Option<(Item, Instant)>) {
+        *self.busy.lock().unwrap_or_else(PoisonError::into_inner) = what;
+    }
+
+    fn get(&self) -> Option<(Item, Instant)> {
+        *self.busy.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Gives a failure as it is shown to people: the promise, what was seen, and the one line that replays it.
+#[must_use]
+pub fn failure_text(failure: &Failure) -> String {
+    format!(
+        "{} with seed {:#x}\n  promise: {}\n  broken:  {}\n  replay:  {}",
+        failure.clause, failure.seed, failure.promise, failure.broken, failure.replay
+    )
+}

@@ -1,0 +1,85 @@
+//! One run inside its environment: the check, then the proof that nothing is left.
+
+use crate::{
+    clause::Clause,
+    context::{Context, Setup},
+    panics::PanicSink,
+};
+use futures_util::FutureExt;
+use std::{panic::AssertUnwindSafe, time::Duration};
+use vm_core::env::{Env, timeout};
+
+/// How long a run may take, on the backend's clock.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// The check.
+    pub check: Duration,
+    /// From the drop of the last handle until nothing is left on the host.
+    pub leftovers: Duration,
+}
+
+impl Limits {
+    /// Limits for a clock that is simulated: a whole day costs nothing while nothing happens.
+    pub const SIMULATED: Self =
+        Self { check: Duration::from_secs(24 * 3600), leftovers: Duration::from_secs(60) };
+
+    /// Limits for a real clock.
+    pub const REAL: Self =
+        Self { check: Duration::from_secs(300), leftovers: Duration::from_secs(60) };
+}
+
+/// Runs the check of `clause` and says what was broken, if anything.
+///
+/// Every handle that the context holds is dropped afterwards, and what is then left on the host for longer than the
+/// limit is held against the backend.
+pub async fn keep(setup: Setup, clause: &Clause, seed: u64, limits: Limits) -> Option<String> {
+    let env = setup.env.clone();
+    let leftovers = setup.leftovers.clone();
+    let context = Context::new(setup, seed, clause.id);
+    let check = AssertUnwindSafe((clause.check)(&context)).catch_unwind();
+    let verdict = timeout(&*env, limits.check, check).await;
+    drop(context);
+    match verdict {
+        Ok(Ok(Ok(()))) => still_left(&*env, limits.leftovers, &*leftovers).await,
+        Ok(Ok(Err(broken))) => Some(broken.to_string()),
+        Ok(Err(_panic)) => Some("the check panicked".to_owned()),
+        Err(elapsed) => Some(format!(
+            "the check did not end within {:?} on the backend's clock: something waits for ever",
+            elapsed.after
+        )),
+    }
+}
+
+/// Puts together what a run came to: what the session says, and what panicked beside it.
+#[must_use]
+pub fn judge(session: Result<Option<String>, String>, panics: &PanicSink) -> Option<String> {
+    let panics = panics.take();
+    let said = match session {
+        Ok(None) if panics.is_empty() => return None,
+        Ok(None) => "a task panicked".to_owned(),
+        Ok(Some(broken)) => broken,
+        Err(text) if panics.is_empty() => format!("panicked: {text}"),
+        Err(_) => "the run was cut short".to_owned(),
+    };
+    Some(panics.iter().fold(said, |text, panic| format!("{text}; {panic}")))
+}
+
+async fn still_left(
+    env: &dyn Env,
+    limit: Duration,
+    leftovers: &(dyn Fn() -> Vec<String> + Send + Sync),
+) -> Option<String> {
+    let deadline = env.now() + limit;
+    let mut pause = Duration::from_millis(1);
+    loop {
+        let left = leftovers();
+        if left.is_empty() {
+            return None;
+        }
+        if env.now() >= deadline {
+            return Some(format!("left behind after {limit:?}: {}", left.join(", ")));
+        }
+        env.sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_secs(1));
+    }
+}

@@ -1,0 +1,234 @@
+//! Backends on tokio and real time.
+
+use super::{Detail, RunReport, Target};
+use crate::{
+    clause::Clause,
+    context::{Scratch, Setup},
+    panics::{PanicSink, caught},
+    session::{Limits, judge, keep},
+};
+use futures_core::future::BoxFuture;
+use std::{fmt, future::Future, sync::Arc, time::Duration};
+use tokio::runtime::{self, Runtime};
+use vm_core::{
+    env::{Env, TokioEnv},
+    fault::{FaultControl, FaultKind},
+};
+use vm_trait::{Capabilities, VmBackend};
+
+type Factory = dyn Fn() -> BoxFuture<'static, Result<Opened, String>> + Send + Sync;
+type Fit = dyn Fn() -> Result<(), String> + Send + Sync;
+
+/// A backend on tokio's multi-thread runtime and real time; each run gets a runtime and a backend of its own.
+pub struct TokioTarget {
+    name: String,
+    capabilities: Capabilities,
+    factory: Box<Factory>,
+    fit: Box<Fit>,
+    faults: Vec<FaultKind>,
+    parallel_runs: Option<usize>,
+    test_seeds: u64,
+    limits: Limits,
+}
+
+/// A backend as it was opened for one run, and what goes with it.
+pub struct Opened {
+    /// The backend.
+    pub backend: Arc<dyn VmBackend>,
+    /// Gives a directory of the guest that a check may write in, without a slash at its end.
+    pub scratch: Arc<Scratch>,
+    /// How faults are made to happen, where they can be.
+    pub faults: Option<Arc<dyn FaultControl>>,
+    /// Lists what is left on the host. It must not hold the backend.
+    pub leftovers: Arc<dyn Fn() -> Vec<String> + Send + Sync>,
+}
+
+impl Opened {
+    /// Opens a backend whose guests have a `/tmp`, that makes no faults happen and keeps nothing on the host.
+    #[must_use]
+    pub fn new(backend: Arc<dyn VmBackend>) -> Self {
+        Self {
+            backend,
+            scratch: Arc::new(|_| "/tmp".to_owned()),
+            faults: None,
+            leftovers: Arc::new(Vec::new),
+        }
+    }
+}
+
+impl TokioTarget {
+    /// Names a backend, what it claims, and how one is made for a run.
+    pub fn new<F, B>(name: impl Into<String>, claims: Capabilities, make: F) -> Self
+    where
+        F: Fn() -> B + Send + Sync + 'static,
+        B: Future<Output = Arc<dyn VmBackend>> + Send + 'static,
+    {
+        Self::opened_by(name, claims, move || {
+            let made = make();
+            async move { Ok(Opened::new(made.await)) }
+        })
+    }
+
+    /// As [`new`](Self::new), for a backend that can fail to open or has more to it.
+    pub fn opened_by<F, B>(name: impl Into<String>, claims: Capabilities, open: F) -> Self
+    where
+        F: Fn() -> B + Send + Sync + 'static,
+        B: Future<Output = Result<Opened, String>> + Send + 'static,
+    {
+        Self {
+            name: name.into(),
+            capabilities: claims,
+            factory: Box::new(move || Box::pin(open())),
+            fit: Box::new(|| Ok(())),
+            faults: Vec::new(),
+            parallel_runs: None,
+            test_seeds: 4,
+            limits: Limits::REAL,
+        }
+    }
+
+    /// Asks `fit` whether the backend can run on this host at all.
+    #[must_use]
+    pub fn with_fit(
+        mut self,
+        fit: impl Fn() -> Result<(), String> + Send + Sync + 'static,
+    ) -> Self {
+        self.fit = Box::new(fit);
+        self
+    }
+
+    /// Says which faults its [`FaultControl`] can make happen.
+    #[must_use]
+    pub fn with_faults(mut self, kinds: impl IntoIterator<Item = FaultKind>) -> Self {
+        self.faults = kinds.into_iter().collect();
+        self
+    }
+
+    /// Lets only so many runs go on at a time.
+    #[must_use]
+    pub fn with_parallel_runs(mut self, runs: usize) -> Self {
+        self.parallel_runs = Some(runs.max(1));
+        self
+    }
+
+    /// Sets how many seeds a test runs where no variable says so.
+    #[must_use]
+    pub fn with_test_seeds(mut self, seeds: u64) -> Self {
+        self.test_seeds = seeds;
+        self
+    }
+
+    /// Sets how long a run may take.
+    #[must_use]
+    pub fn with_limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
+}
+
+/// Runs a clause on a backend that `open` makes, in a runtime of its own and real time.
+pub(super) fn run_in_real_time<B>(
+    (clause, seed): (&'static Clause, u64),
+    limits: Limits,
+    open: impl FnOnce(Arc<dyn Env>) -> B,
+) -> RunReport
+where
+    B: Future<Output = Result<Opened, String>>,
+{
+    let sink = PanicSink::default();
+    let guard = sink.join();
+    let work = || {
+        let runtime = real_time_runtime(&sink)?;
+        let end = runtime.block_on(async {
+            let env: Arc<dyn Env> = Arc::new(TokioEnv::real(|bytes| {
+                // A host without randomness makes names clash, which the contract then shows.
+                let _ = getrandom::fill(bytes);
+            }));
+            let opened = open(env.clone()).await?;
+            let faults = opened.faults.clone();
+            let setup = Setup {
+                backend: opened.backend,
+                env,
+                faults: opened.faults,
+                scratch: opened.scratch,
+                leftovers: opened.leftovers,
+            };
+            Ok((keep(setup, clause, seed, limits).await, faults))
+        });
+        // Tasks that a backend leaves running must not keep the run from ending.
+        runtime.shutdown_timeout(Duration::from_secs(5));
+        end
+    };
+    let end = caught(work).and_then(|end| end);
+    drop(guard);
+    let (verdict, faults) = match end {
+        Ok((broken, faults)) => (Ok(broken), faults),
+        Err(text) => (Err(text), None),
+    };
+    RunReport {
+        broken: judge(verdict, &sink),
+        faults_fired: faults.map(|faults| faults.fired()).unwrap_or_default(),
+        ..RunReport::default()
+    }
+}
+
+fn real_time_runtime(sink: &PanicSink) -> Result<Runtime, String> {
+    let sink = sink.clone();
+    runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("contract")
+        .on_thread_start(move || sink.join_for_good())
+        .enable_all()
+        .build()
+        .map_err(|error| format!("no tokio runtime: {error}"))
+}
+
+impl Target for TokioTarget {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.capabilities.clone()
+    }
+
+    fn can_fault(&self, kind: FaultKind) -> bool {
+        self.faults.contains(&kind)
+    }
+
+    fn environment(&self) -> &str {
+        "tokio with real time"
+    }
+
+    fn fit(&self) -> Result<(), String> {
+        (self.fit)()
+    }
+
+    fn parallel_runs(&self) -> Option<usize> {
+        self.parallel_runs
+    }
+
+    fn test_seeds(&self) -> u64 {
+        self.test_seeds
+    }
+
+    fn patience(&self) -> Duration {
+        (self.limits.check + self.limits.leftovers) * 2
+    }
+
+    fn run(&self, clause: &'static Clause, seed: u64, _detail: Detail) -> RunReport {
+        run_in_real_time((clause, seed), self.limits, |_| (self.factory)())
+    }
+}
+
+impl fmt::Debug for Opened {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Opened").field("backend", &self.backend).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for TokioTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TokioTarget").field("name", &self.name).finish_non_exhaustive()
+    }
+}
