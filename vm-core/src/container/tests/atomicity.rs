@@ -1,11 +1,13 @@
 //! At every moment there is the old file or the new one, and nothing else stays.
 
 use super::{
+    integrity::OLD_MANIFEST,
     memory_fs::{Fault, Kept, run_at_most},
     *,
 };
 use crate::container::temp_file::{is_temp_name, temp_path};
-use std::ffi::OsStr;
+use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
+use vm_trait::DiskConfig;
 
 const KEPT: [Kept; 4] = [Kept::Durable, Kept::All, Kept::Half, Kept::Zeros];
 
@@ -152,7 +154,7 @@ proptest! {
 
     #[test]
     fn sweeping_takes_what_writers_left_and_nothing_else(
-        files in vec("[a-z0-9.\\-]{1,20}", 1..5), tag in any::<u64>(),
+        files in vec("\\.?[a-z0-9][a-z0-9.\\-]{0,18}", 1..5), tag in any::<u64>(),
         others in vec("\\.?[a-z]{0,3}\\.?[0-9a-fA-F]{15,17}\\.tm?p", 0..5),
     ) {
         let dir = Path::new("/snapshots");
@@ -213,4 +215,22 @@ fn a_path_that_names_no_file_is_refused() {
         let refused = run(ContainerWriter::create(fs.shared(), Path::new(path), 5)).unwrap_err();
         assert!(matches!(refused, ContainerError::Io { kind: io::ErrorKind::InvalidInput, .. }));
     }
+}
+
+#[test]
+fn a_configuration_that_cannot_be_written_is_an_error() {
+    let fs = MemoryFs::new();
+    let (manifest, _) = verify_bytes(&assemble(FORMAT, b"abc", OLD_MANIFEST.as_bytes())).unwrap();
+    let Manifest { metadata, compatibility, .. } = manifest;
+    let mut config = VmConfig::default();
+    config.disks.push(DiskConfig::new(OsStr::from_bytes(b"/disk\xff"), "/data"));
+    let writer = run(ContainerWriter::create(fs.shared(), Path::new(PATH), 1)).unwrap();
+    let refused = run(writer.finish(metadata.clone(), config, compatibility.clone())).unwrap_err();
+    assert!(matches!(VmErrorKind::from(refused), VmErrorKind::HostIo { .. }));
+
+    let mut config = VmConfig::default();
+    config.env.insert("LONG".to_owned(), "x".repeat(MAX_MANIFEST));
+    let writer = run(ContainerWriter::create(fs.shared(), Path::new(PATH), 1)).unwrap();
+    assert!(run(writer.finish(metadata, config, compatibility)).is_err());
+    assert!(fs.paths().is_empty());
 }
