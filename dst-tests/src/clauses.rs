@@ -2,14 +2,33 @@
 
 use crate::clause::Clause;
 
+mod cancel;
+mod chaos;
+mod concurrency;
+mod config;
+mod deadline;
+mod errors;
+mod events;
 mod exec;
 mod exec_start;
 mod exec_timeout;
 mod files;
 mod files_atomic;
 mod files_names;
+mod fork;
+mod integrity;
+mod leftovers;
+mod lifecycle;
+mod lifecycle_boot;
+mod lifecycle_ends;
+mod lifecycle_table;
+mod metrics;
+mod pause;
+mod probe;
 mod process;
 mod process_attach;
+mod snapshot;
+mod snapshot_faults;
 mod streams;
 mod tty;
 
@@ -28,4 +47,22 @@ const GROUPS: &[&[Clause]] = &[
     files::CLAUSES,
     files_atomic::CLAUSES,
     files_names::CLAUSES,
+    lifecycle::CLAUSES,
+    lifecycle_table::CLAUSES,
+    lifecycle_boot::CLAUSES,
+    lifecycle_ends::CLAUSES,
+    pause::CLAUSES,
+    snapshot::CLAUSES,
+    snapshot_faults::CLAUSES,
+    integrity::CLAUSES,
+    fork::CLAUSES,
+    cancel::CLAUSES,
+    concurrency::CLAUSES,
+    deadline::CLAUSES,
+    config::CLAUSES,
+    errors::CLAUSES,
+    events::CLAUSES,
+    metrics::CLAUSES,
+    leftovers::CLAUSES,
+    chaos::CLAUSES,
 ];
