@@ -200,7 +200,8 @@ pub struct Started {
     pub stderr: u64,
     /// Whether the process has a terminal.
     pub tty: bool,
-    /// How many bytes of standard input the agent has taken; the host goes on from there.
+    /// Offset of the first byte of standard input that this stream sends: above 0 where it attaches to a process that
+    /// another stream has sent input to.
     pub stdin: u64,
 }
 

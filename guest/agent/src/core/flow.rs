@@ -160,6 +160,8 @@ impl Outflow {
 /// Counts the bytes of an input channel; who holds them is the user's business.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Intake {
+    /// Offset of the first byte of the stream that sends them now.
+    base: u64,
     /// How many bytes have come.
     received: u64,
     /// How many of them have gone where they belong.
@@ -174,11 +176,12 @@ pub(super) struct Intake {
 
 impl Intake {
     pub(super) fn new() -> Self {
-        Self { received: 0, taken: 0, granted: u64::from(DEFAULT_WINDOW), told: 0, eof: None }
+        let granted = u64::from(DEFAULT_WINDOW);
+        Self { base: 0, received: 0, taken: 0, granted, told: 0, eof: None }
     }
 
-    pub(super) fn received(&self) -> u64 {
-        self.received
+    pub(super) fn base(&self) -> u64 {
+        self.base
     }
 
     /// Says whether all bytes have come.
@@ -219,7 +222,9 @@ impl Intake {
     /// Lets another host stream go on after the last byte, whatever was said of the end.
     pub(super) fn reopen(&mut self) {
         self.eof = None;
-        self.granted = self.received.saturating_add(u64::from(DEFAULT_WINDOW));
+        self.base = self.received;
+        self.told = self.base;
+        self.granted = self.base.saturating_add(u64::from(DEFAULT_WINDOW));
     }
 
     /// Counts bytes that have gone where they belong.
@@ -243,8 +248,10 @@ impl Intake {
     /// Makes the credit that the host is told after a loss.
     pub(super) fn force_credit(&mut self, window: u32) -> Frame {
         self.granted = self.granted.max(self.taken.saturating_add(u64::from(window)));
-        self.told = self.taken;
-        let window = u32::try_from(self.granted - self.taken).unwrap_or(u32::MAX);
-        Frame::Credit { channel: Channel::Stdin, consumed: self.taken, window }
+        // What an earlier stream sent is none of this one's business, even where it has not been taken.
+        let consumed = self.taken.max(self.base);
+        self.told = consumed;
+        let window = u32::try_from(self.granted - consumed).unwrap_or(u32::MAX);
+        Frame::Credit { channel: Channel::Stdin, consumed, window }
     }
 }

@@ -124,7 +124,7 @@ impl Process {
             stdout: self.outs[0].start(),
             stderr: self.outs[1].start(),
             tty: self.tty,
-            stdin: self.stdin.intake.received(),
+            stdin: self.stdin.intake.base(),
         })
     }
 
@@ -243,8 +243,12 @@ impl Process {
     ) -> Result<(), Violation> {
         let known = self.stdin.intake.data(offset, bytes.len())?;
         let mut fresh = &bytes[known..];
-        if self.stdin.complete || !self.accepts_stdin() {
+        if !self.accepts_stdin() {
             self.stdin.drop_pending();
+            return Ok(());
+        }
+        if self.stdin.complete || fresh.is_empty() {
+            // An earlier stream has ended the input: what comes after it is counted as taken once it is closed.
             return Ok(());
         }
         if self.stdin.pending.is_empty() {
@@ -293,6 +297,7 @@ impl Process {
         if self.stdin.complete && self.stdin.open {
             os.close_stdin(self.child);
             self.stdin.open = false;
+            self.stdin.drop_pending();
             changed = true;
         }
         changed

@@ -11,7 +11,7 @@ use vm_guest_agent::os::{
 };
 use vm_guest_protocol::{EntryKind, StatEntry, TermSize};
 
-/// How much a pipe holds.
+/// How much a pipe holds unless told otherwise.
 pub(crate) const PIPE: usize = 64 << 10;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -47,6 +47,7 @@ pub(crate) struct Proc {
     pub(crate) exit: Option<ChildExit>,
     /// A grandchild that keeps the outputs open.
     held: bool,
+    pipe: usize,
     pub(crate) released: bool,
     pub(crate) size: Option<TermSize>,
 }
@@ -69,6 +70,8 @@ pub(crate) struct FakeOs {
     pub(crate) others: bool,
     pub(crate) synced: Vec<String>,
     pub(crate) powered_off: bool,
+    /// How much a pipe holds.
+    pub(crate) pipe: usize,
 }
 
 /// What `gen` writes at an offset of an output.
@@ -78,7 +81,7 @@ pub(crate) fn pattern(output: usize, at: usize) -> u8 {
 
 impl FakeOs {
     pub(crate) fn new() -> Self {
-        let mut os = Self::default();
+        let mut os = Self { pipe: PIPE, ..Self::default() };
         os.put("/", Body::Dir, 0o755);
         for dir in ["/bin", "/usr", "/usr/bin", "/etc", "/tmp"] {
             os.put(dir, Body::Dir, 0o755);
@@ -215,7 +218,7 @@ impl Proc {
                 self.exit = Some(ChildExit::Exited(0));
             }
             "cat" => {
-                let count = self.stdin.len().min(PIPE - self.outs[0].len());
+                let count = self.stdin.len().min(self.pipe - self.outs[0].len());
                 self.outs[0].extend(self.stdin.drain(..count));
                 if self.stdin_eof && self.stdin.is_empty() {
                     self.exit = Some(ChildExit::Exited(3));
@@ -235,7 +238,7 @@ impl Proc {
     fn generate(&mut self) {
         let wanted = [1, 2].map(|index| self.spec.argv[index].parse::<usize>().unwrap());
         for (output, wanted) in wanted.into_iter().enumerate() {
-            while self.made[output] < wanted && self.outs[output].len() < PIPE {
+            while self.made[output] < wanted && self.outs[output].len() < self.pipe {
                 self.outs[output].push_back(pattern(output, self.made[output]));
                 self.made[output] += 1;
             }
@@ -274,6 +277,7 @@ impl GuestOs for FakeOs {
             signals: Vec::new(),
             exit: None,
             held: false,
+            pipe: self.pipe,
             released: false,
             size: None,
         });
@@ -302,7 +306,7 @@ impl GuestOs for FakeOs {
         if process.exit.is_some() || process.spec.path.ends_with("deaf") {
             return Err(Errno::PIPE);
         }
-        let count = bytes.len().min(PIPE - process.stdin.len());
+        let count = bytes.len().min(process.pipe - process.stdin.len());
         process.stdin.extend(&bytes[..count]);
         Ok(count)
     }

@@ -131,6 +131,33 @@ fn attaching_takes_a_process_over_with_its_input() {
 }
 
 #[test]
+fn input_that_waits_from_an_earlier_stream_is_not_taken_for_the_new_one_s() {
+    for lost in [false, true] {
+        let mut host = Host::new();
+        let old = spawn(&mut host, &["sleep"]);
+        host.more_stdin(old, &[b'x'; 100_000], false);
+        host.settle();
+        host.ask(Request::Detach { process: 1 }).unwrap();
+        host.close(old);
+        host.settle();
+        let new = host.open(Request::Attach { process: 1, stdout: 0, stderr: 0 });
+        host.continue_stdin(new, 100_000, b"new", true);
+        host.carry_to_agent(usize::MAX).unwrap();
+        if lost {
+            host.cut();
+        }
+        host.settle();
+        assert_eq!(host.streams[&new].started.as_ref().unwrap().stdin, 100_000);
+        let mut got = Vec::new();
+        for _ in 0..3 {
+            got.extend(host.os.procs[0].stdin.drain(..));
+            host.settle();
+        }
+        assert_eq!((got.len(), &got[100_000..]), (100_003, &b"new"[..]));
+    }
+}
+
+#[test]
 fn the_oldest_ended_processes_are_forgotten() {
     let mut host = Host::new();
     for process in 1..=70 {

@@ -59,6 +59,7 @@ fn check(host: &Host, ids: &[u32]) {
 fn small() -> Host {
     let mut host = Host::with_config(AgentConfig { window: 256, ..AgentConfig::default() });
     host.window = 100;
+    host.os.pipe = 60;
     host
 }
 
@@ -100,9 +101,11 @@ proptest! {
         steps in vec((1_usize..400, 0_usize..400, 0_u8..8), 0..120),
         window in 1_u32..500,
         host_window in 1_u32..500,
+        pipe in 1_usize..300,
     ) {
         let mut host = Host::with_config(AgentConfig { window, ..AgentConfig::default() });
         host.window = host_window;
+        host.os.pipe = pipe;
         let ids = begin(&mut host);
         for (there, back, action) in steps {
             host.os.run();
