@@ -124,9 +124,14 @@ fn spec(
     if request.program.is_empty() {
         return Err(VmErrorKind::invalid("program", "empty"));
     }
-    let strings = std::iter::once(&request.program).chain(&request.args).chain(&request.cwd);
-    if strings.into_iter().any(|text| text.contains('\0')) {
-        return Err(VmErrorKind::invalid("args", "a NUL byte cannot be passed to a program"));
+    let nul = |text: &String| text.contains('\0');
+    let fields = [
+        ("program", nul(&request.program)),
+        ("args", request.args.iter().any(nul)),
+        ("cwd", request.cwd.as_ref().is_some_and(nul)),
+    ];
+    if let Some((field, _)) = fields.iter().find(|(_, bad)| *bad) {
+        return Err(VmErrorKind::invalid(*field, "a NUL byte cannot be passed to a program"));
     }
     vm_trait::config::check_env("env", &request.env)?;
     if request.timeout.is_some_and(|timeout| timeout.is_zero()) {
