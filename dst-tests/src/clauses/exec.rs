@@ -1,7 +1,8 @@
 //! `exec`: streams, ends and how they are told.
 
-use super::streams::{
-    SOON, disturb_link, fresh_dir, length, millis, order, payload, same_bytes, sh,
+use super::{
+    probe::order,
+    streams::{SOON, disturb_link, fresh_dir, length, millis, payload, same_bytes, sh},
 };
 use crate::{
     clause,
@@ -11,7 +12,7 @@ use crate::{
 };
 use futures_util::future::{Either, join_all, select};
 use std::time::Duration;
-use vm_core::fault::FaultKind;
+use vm_core::fault::{FaultKind, FaultOrder};
 use vm_trait::{ExecRequest, ExecStatus, Signal, Stdin, VmInstanceExt};
 
 /// What `exec` promises of streams and ends.
@@ -268,11 +269,11 @@ async fn dropped_kills_group(ctx: &Context) -> Verdict {
 
 async fn killed_from_outside(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
-    let trouble = order(ctx, &*vm, FaultKind::ExecKilled, None)?;
+    let trouble = order(ctx, FaultOrder::next(FaultKind::ExecKilled).on(vm.id()))?;
     let running = vm.exec(sh("sleep 5; exit 0", [""; 0]));
     let got = ctx.within(SOON, "a killed program", running).await??;
     ensure!(matches!(got.status, ExecStatus::Signaled(_)), "status is {:?}", got.status);
-    trouble.took_place(ctx)?;
+    trouble.must_have_fired(ctx)?;
     let got = vm.run("true", []).await?;
     ensure!(got.status.success(), "the next program: {got:?}");
     Ok(())
@@ -283,9 +284,9 @@ async fn killed_for_memory(ctx: &Context) -> Verdict {
     let running = vm.exec(ExecRequest::new("sleep").arg("600"));
     let order = async {
         ctx.sleep(millis(ctx, 20, 200)).await;
-        let trouble = order(ctx, &*vm, FaultKind::GuestOom, None)?;
+        let trouble = order(ctx, FaultOrder::next(FaultKind::GuestOom).on(vm.id()))?;
         ctx.sleep(SOON).await;
-        trouble.took_place(ctx)
+        trouble.must_have_fired(ctx)
     };
     match select(running, Box::pin(order)).await {
         Either::Left((ended, _)) => {
@@ -305,7 +306,7 @@ async fn output_cut(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
     let size = length(ctx, 1, 300_000);
     let bytes = ctx.bytes(size);
-    let trouble = order(ctx, &*vm, FaultKind::OutputCut, None)?;
+    let trouble = order(ctx, FaultOrder::next(FaultKind::OutputCut).on(vm.id()))?;
     let running = vm.exec(ExecRequest::new("cat").stdin(bytes.clone()));
     let got = ctx.within(SOON, "a program whose outputs break", running).await??;
     ensure!(got.stdout.len() <= size, "{} of {size} bytes", got.stdout.len());
@@ -315,7 +316,7 @@ async fn output_cut(ctx: &Context) -> Verdict {
         "{} of {size} bytes came and the program claims success",
         got.stdout.len()
     );
-    trouble.took_place(ctx)?;
+    trouble.must_have_fired(ctx)?;
     let again = vm.exec(ExecRequest::new("cat").stdin(bytes.clone())).await?;
     same_bytes(&again.stdout, &bytes, "the next program's output")
 }

@@ -1,8 +1,11 @@
 //! `exec`: what a program is started with, and why it may not be started.
 
-use super::streams::{
-    SOON, break_link, disturb_link, exec_failure, fresh_dir, length, odd_name, order,
-    refused_field, running_with, same_bytes, sh,
+use super::{
+    probe::order,
+    streams::{
+        SOON, break_link, disturb_link, exec_failure, fresh_dir, length, odd_name, refused_field,
+        running_with, same_bytes, sh,
+    },
 };
 use crate::{
     clause,
@@ -11,7 +14,7 @@ use crate::{
     ensure, ensure_eq,
 };
 use std::collections::BTreeMap;
-use vm_core::fault::FaultKind;
+use vm_core::fault::{FaultKind, FaultOrder};
 use vm_trait::{
     ExecFailure, ExecRequest, ExecStatus, User, VmConfig, VmInstance, VmInstanceExt, WriteOptions,
 };
@@ -224,7 +227,7 @@ async fn path_of_request(ctx: &Context) -> Verdict {
     match first {
         Some(first) => ensure_eq!(result?.stdout_text(), format!("{first}\n"), "the first in PATH"),
         None if unusable => {
-            exec_failure(result, &ExecFailure::NotExecutable, "no program in PATH")?
+            exec_failure(result, &ExecFailure::NotExecutable, "no program in PATH")?;
         }
         None => exec_failure(result, &ExecFailure::NotFound, "nothing in PATH")?,
     }
@@ -285,14 +288,14 @@ async fn bad_request(ctx: &Context) -> Verdict {
 
 async fn out_of_processes(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
-    let trouble = order(ctx, &*vm, FaultKind::SpawnFail, None)?;
+    let trouble = order(ctx, FaultOrder::next(FaultKind::SpawnFail).on(vm.id()))?;
     let result = if ctx.one_in(2) {
         vm.exec(ExecRequest::new("true")).await.map(drop)
     } else {
         vm.spawn(ExecRequest::new("true").open_stdin()).await.map(drop)
     };
     exec_failure(result, &ExecFailure::OutOfResources, "starting a program")?;
-    trouble.took_place(ctx)?;
+    trouble.must_have_fired(ctx)?;
     ensure!(vm.processes().await?.is_empty(), "a process is left of a failed start");
     let got = vm.run("true", []).await?;
     ensure!(got.status.success(), "the next program: {got:?}");

@@ -1,6 +1,9 @@
 //! `exec`: time limits.
 
-use super::streams::{fresh_dir, millis, order, sh};
+use super::{
+    probe::order,
+    streams::{fresh_dir, millis, sh},
+};
 use crate::{
     clause,
     clause::{Clause, Verdict},
@@ -8,7 +11,7 @@ use crate::{
     ensure, ensure_eq,
 };
 use std::time::Duration;
-use vm_core::fault::FaultKind;
+use vm_core::fault::{FaultKind, FaultOrder};
 use vm_trait::{ExecRequest, ExecStatus, VmInstanceExt};
 
 /// What `exec` promises of time limits.
@@ -101,13 +104,13 @@ async fn timeout_defies_traps(ctx: &Context) -> Verdict {
 async fn hang_ends_by_timeout(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
     let limit = millis(ctx, 50, 1000);
-    let trouble = order(ctx, &*vm, FaultKind::ExecHang, None)?;
+    let trouble = order(ctx, FaultOrder::next(FaultKind::ExecHang).on(vm.id()))?;
     let before = ctx.now();
     let got = vm.exec(ExecRequest::new("true").timeout(limit)).await?;
     let took = ctx.now().saturating_sub(before);
     ensure_eq!(got.status, ExecStatus::TimedOut, "status");
     ensure!(took <= limit + REACTION, "told after {took:?}, the limit was {limit:?}");
-    trouble.took_place(ctx)?;
+    trouble.must_have_fired(ctx)?;
     let got = vm.run("true", []).await?;
     ensure!(got.status.success(), "the next program: {got:?}");
     Ok(())

@@ -1,8 +1,11 @@
 //! Files: contents, sizes, modes, metadata.
 
-use super::streams::{
-    SOON, disturb_link, file_error, fresh_dir, length, millis, odd_name, order, payload,
-    same_bytes, sh,
+use super::{
+    probe::order,
+    streams::{
+        SOON, disturb_link, file_error, fresh_dir, length, millis, odd_name, payload, same_bytes,
+        sh,
+    },
 };
 use crate::{
     clause,
@@ -12,7 +15,7 @@ use crate::{
 };
 use futures_util::future::join_all;
 use std::time::Duration;
-use vm_core::fault::FaultKind;
+use vm_core::fault::{FaultKind, FaultOrder};
 use vm_trait::{
     Capability, ExecRequest, ExecStatus, FileKind, GuestFileError, User, VmErrorKind, VmInstance,
     VmInstanceExt, WriteOptions,
@@ -335,19 +338,22 @@ async fn slow_disk(ctx: &Context) -> Verdict {
     let path = format!("{}/file", fresh_dir(ctx, &*vm).await?);
     let bytes = payload(ctx, 100_000);
     let delay = millis(ctx, 100, 3000);
-    let trouble = order(ctx, &*vm, FaultKind::SlowIo, Some(delay))?;
+    let trouble = order(ctx, FaultOrder::next(FaultKind::SlowIo).on(vm.id()).with_amount(delay))?;
     let before = ctx.now();
     round_trip(&*vm, &path, &bytes).await?;
     let took = ctx.now().saturating_sub(before);
     ensure!(took >= delay, "took {took:?} on a disk that is {delay:?} late");
-    trouble.took_place(ctx)
+    trouble.must_have_fired(ctx)
 }
 
 async fn kill_interrupts(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
     let path = format!("{}/file", fresh_dir(ctx, &*vm).await?);
     vm.write(&path, payload(ctx, 9000)).await?;
-    let trouble = order(ctx, &*vm, FaultKind::SlowIo, Some(Duration::from_secs(20)))?;
+    let trouble = order(
+        ctx,
+        FaultOrder::next(FaultKind::SlowIo).on(vm.id()).with_amount(Duration::from_secs(20)),
+    )?;
     let (other, bytes, write) = (vm.clone(), payload(ctx, 100_000), ctx.one_in(2));
     let task = ctx.spawn(async move {
         if write { other.write(&path, bytes).await } else { other.read_file(&path).await.map(drop) }
@@ -356,5 +362,5 @@ async fn kill_interrupts(ctx: &Context) -> Verdict {
     vm.kill().await?;
     let result = ctx.within(SOON, "the operation on the file", task.join()).await??;
     ensure_err!(result, VmErrorKind::Interrupted, "the operation under a kill");
-    trouble.took_place(ctx)
+    trouble.must_have_fired(ctx)
 }

@@ -1,7 +1,8 @@
 //! Files: replaced at once or not at all, whatever happens.
 
-use super::streams::{
-    Disturbance, SOON, file_error, fresh_dir, length, millis, order, running_with, same_bytes,
+use super::{
+    probe::order,
+    streams::{SOON, file_error, fresh_dir, length, millis, running_with, same_bytes},
 };
 use crate::{
     clause,
@@ -12,7 +13,10 @@ use crate::{
 use bytes::Bytes;
 use futures_util::future::join_all;
 use std::time::Duration;
-use vm_core::{env::timeout, fault::FaultKind};
+use vm_core::{
+    env::timeout,
+    fault::{FaultKind, FaultOrder},
+};
 use vm_trait::{
     Capability, DiskConfig, ExecRequest, GuestFileError, VmConfig, VmErrorKind, VmInstance,
     VmInstanceExt, VmResult, WriteOptions,
@@ -165,9 +169,12 @@ async fn write_in_trouble(
     if has_old {
         vm.write(&path, all[0].clone()).await?;
     }
-    let trouble: Disturbance = order(ctx, &*vm, kind, None)?;
+    // The trouble may begin at any step: opening, each of the writes, making it durable.
+    let steps = if kind == FaultKind::GuestIo { 4 } else { all[1].len().div_ceil(64 << 10) };
+    let skip = u32::try_from(ctx.index(steps)).unwrap_or(0);
+    let trouble = order(ctx, FaultOrder::next(kind).on(vm.id()).after(skip))?;
     told(vm.write(&path, all[1].clone()).await)?;
-    trouble.took_place(ctx)?;
+    trouble.must_have_fired(ctx)?;
     let left = names(&*vm, &dir).await?;
     if has_old {
         ensure_eq!(left, ["file"], "names after the failure");
@@ -210,9 +217,9 @@ async fn failing_read(ctx: &Context) -> Verdict {
     let path = format!("{}/file", fresh_dir(ctx, &*vm).await?);
     let bytes = ctx.bytes(length(ctx, 1, 300_000));
     vm.write(&path, bytes.clone()).await?;
-    let trouble = order(ctx, &*vm, FaultKind::GuestIo, None)?;
+    let trouble = order(ctx, FaultOrder::next(FaultKind::GuestIo).on(vm.id()))?;
     io_error(vm.read_file(&path).await, "reading from a failing disk")?;
-    trouble.took_place(ctx)?;
+    trouble.must_have_fired(ctx)?;
     same_bytes(&vm.read_file(&path).await?, &bytes, "once the trouble is over")
 }
 
@@ -225,9 +232,15 @@ async fn write_in_death(ctx: &Context, kind: FaultKind) -> Verdict {
     vm.write(path, all[0].clone()).await?;
     if ctx.can_fault(FaultKind::SlowIo) && ctx.one_in(2) {
         // The death is more likely to come half-way.
-        let _ = order(ctx, &*vm, FaultKind::SlowIo, Some(millis(ctx, 1, 30)))?;
+        let _ = order(
+            ctx,
+            FaultOrder::next(FaultKind::SlowIo).on(vm.id()).with_amount(millis(ctx, 1, 30)),
+        )?;
     }
-    let trouble = order(ctx, &*vm, kind, Some(Duration::from_micros(ctx.draw(0, 30_000))))?;
+    let trouble = order(
+        ctx,
+        FaultOrder::next(kind).on(vm.id()).with_amount(Duration::from_micros(ctx.draw(0, 30_000))),
+    )?;
     let (mut last, mut tried) = (0, 0);
     let failed = async {
         loop {
@@ -249,7 +262,7 @@ async fn write_in_death(ctx: &Context, kind: FaultKind) -> Verdict {
         ),
         "the write under way failed with `{error}`"
     );
-    trouble.took_place(ctx)?;
+    trouble.must_have_fired(ctx)?;
     ctx.within(SOON, "the machine's end", vm.wait()).await?;
     vm.start().await?;
     let whole = [all[last].clone(), all[tried].clone()];

@@ -1,5 +1,6 @@
 //! What the clauses on programs and files share: requests, streams read to a point, comparisons, faults of the link.
 
+use super::probe::{Ordered, order};
 use crate::{
     clause::{Broken, Verdict},
     context::Context,
@@ -195,7 +196,7 @@ pub(super) async fn read_until_text(
 /// A fault of the link that nobody above it may notice.
 #[derive(Clone, Copy, Debug)]
 #[must_use]
-pub(super) struct Disturbance(Option<(FaultKind, u64)>);
+pub(super) struct Disturbance(Option<Ordered>);
 
 /// In half of the runs, where the target can do so, breaks, stalls or shortens the traffic with the agent.
 pub(super) fn disturb_link(ctx: &Context, vm: &dyn VmInstance) -> Result<Disturbance, Broken> {
@@ -207,41 +208,21 @@ pub(super) fn disturb_link(ctx: &Context, vm: &dyn VmInstance) -> Result<Disturb
     break_link(ctx, vm, kind)
 }
 
-/// Breaks, stalls or shortens the traffic with the agent at one of its next frames.
+/// Breaks, stalls or shortens the traffic with the agent at one of its next steps.
 pub(super) fn break_link(
     ctx: &Context,
     vm: &dyn VmInstance,
     kind: FaultKind,
 ) -> Result<Disturbance, Broken> {
-    let before = ctx.fired(kind);
-    let order =
-        FaultOrder::next(kind).on(vm.id()).after(u32::try_from(ctx.draw(0, 1)).unwrap_or(0));
-    ctx.fault(order.with_amount(millis(ctx, 5, 2000)))?;
-    Ok(Disturbance(Some((kind, before))))
+    let skip = u32::try_from(ctx.draw(0, 1)).unwrap_or(0);
+    let wanted = FaultOrder::next(kind).on(vm.id()).after(skip);
+    order(ctx, wanted.with_amount(millis(ctx, 5, 2000))).map(|ordered| Disturbance(Some(ordered)))
 }
 
 impl Disturbance {
-    /// Asks that it took place, if it was ordered.
+    /// Calls the check broken where it was ordered and has not happened.
+    #[track_caller]
     pub(super) fn took_place(self, ctx: &Context) -> Verdict {
-        match self.0 {
-            Some((kind, before)) if ctx.fired(kind) <= before => {
-                Err(Broken::new(format!("{kind} was ordered and never happened")))
-            }
-            _ => Ok(()),
-        }
+        self.0.map_or(Ok(()), |ordered| ordered.must_have_fired(ctx))
     }
-}
-
-/// Orders a fault of one machine at its next occasion, and gives a check that it took place.
-pub(super) fn order(
-    ctx: &Context,
-    vm: &dyn VmInstance,
-    kind: FaultKind,
-    amount: Option<Duration>,
-) -> Result<Disturbance, Broken> {
-    let before = ctx.fired(kind);
-    let mut order = FaultOrder::next(kind).on(vm.id());
-    order.amount = amount;
-    ctx.fault(order)?;
-    Ok(Disturbance(Some((kind, before))))
 }
