@@ -236,7 +236,9 @@ impl Life {
             }
             thread::sleep(SWEEP_PAUSE);
         }
-        Err(MachineError::Failed("processes of the guest are left that cannot be killed".to_owned()))
+        Err(MachineError::Failed(
+            "processes of the guest are left that cannot be killed".to_owned(),
+        ))
     }
 }
 

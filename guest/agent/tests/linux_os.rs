@@ -384,7 +384,7 @@ fn a_tree_is_removed_whatever_stands_in_it() {
     std::fs::create_dir_all(root.join("a/b/c")).unwrap();
     std::os::unix::fs::symlink(&outside, root.join("a/link")).unwrap();
     for path in ["a/b/c", "a/b", "a"] {
-        let none = std::fs::Permissions::from_mode(0);
+        let none = std::fs::Permissions::from_mode(0o0);
         std::fs::set_permissions(root.join(path), none).unwrap();
     }
     remove_tree(&root).unwrap();

@@ -176,7 +176,7 @@ fn entry(stat: &Stat) -> StatEntry {
     let modified = u64::try_from(stat.st_mtime)
         .unwrap_or(0)
         .saturating_mul(NANOS)
-        .saturating_add(u64::try_from(stat.st_mtime_nsec).unwrap_or(0));
+        .saturating_add(stat.st_mtime_nsec);
     StatEntry {
         kind: kind(FileType::from_raw_mode(stat.st_mode)),
         size: u64::try_from(stat.st_size).unwrap_or(0),

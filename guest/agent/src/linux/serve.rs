@@ -19,7 +19,7 @@ use std::{
     time::Duration,
 };
 
-/// How many connections are served at once; more wait in the listener's queue.
+/// How many connections are held at once. One more takes the place of the oldest that has not said anything yet.
 const MAX_CONNECTIONS: usize = 16;
 
 /// How much one turn reads from one connection.
@@ -118,10 +118,16 @@ pub fn serve(listener: &Listener, config: ServeConfig) -> io::Result<Ended> {
 struct Agent {
     core: AgentCore,
     os: LinuxOs,
-    connections: BTreeMap<ConnId, OwnedFd>,
+    connections: BTreeMap<ConnId, Connection>,
     next_connection: u64,
     /// Whether the last accept ran out of something, so that the listener must be left alone for a moment.
     accept_paused: bool,
+}
+
+struct Connection {
+    socket: OwnedFd,
+    /// Whether the host has said anything.
+    heard: bool,
 }
 
 /// What poll(2) found.
@@ -162,7 +168,7 @@ impl Agent {
     fn flush(&mut self) -> bool {
         let mut sent = false;
         let mut lost = Vec::new();
-        for (id, socket) in &self.connections {
+        for (id, Connection { socket, .. }) in &self.connections {
             let Some(bytes) = self.core.outgoing(*id) else {
                 continue;
             };
@@ -199,10 +205,10 @@ impl Agent {
         if let Some(lifeline) = lifeline {
             sources.push((Source::Lifeline, lifeline.as_fd(), PollFlags::IN));
         }
-        if self.connections.len() < MAX_CONNECTIONS && !self.accept_paused {
+        if !self.accept_paused {
             sources.push((Source::Listener, listener.0.as_fd(), PollFlags::IN));
         }
-        for (id, socket) in &self.connections {
+        for (id, Connection { socket, .. }) in &self.connections {
             let reading = self.core.wants_input(*id);
             let writing = self.core.outgoing(*id).is_some_and(|bytes| !bytes.is_empty());
             let mut flags = PollFlags::empty();
@@ -267,7 +273,7 @@ impl Agent {
     }
 
     fn receive(&mut self, id: ConnId, reading: bool) {
-        let Some(socket) = self.connections.get(&id) else {
+        let Some(connection) = self.connections.get_mut(&id) else {
             return;
         };
         // The host has hung up while the core does not want to hear more: nothing more can be said to it either.
@@ -276,10 +282,11 @@ impl Agent {
             return;
         }
         let mut buffer = vec![0; READ_SIZE];
-        match retry_on_intr(|| rustix::io::read(socket, &mut buffer)) {
+        match retry_on_intr(|| rustix::io::read(&connection.socket, &mut buffer)) {
             Err(Sys::AGAIN) => {}
             Ok(0) | Err(_) => self.drop_connection(id),
             Ok(read) => {
+                connection.heard = true;
                 if self.core.received(id, &buffer[..read], &mut self.os).is_err() {
                     // What it still has to say, such as why, goes out first if it can.
                     self.flush();
@@ -290,13 +297,17 @@ impl Agent {
     }
 
     fn accept(&mut self, listener: &Listener) {
-        while self.connections.len() < MAX_CONNECTIONS {
+        for _ in 0..MAX_CONNECTIONS {
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
             match rustix::net::accept_with(&listener.0, flags) {
                 Ok(socket) => {
+                    if !self.make_room() {
+                        // Closing it is all the answer there is.
+                        continue;
+                    }
                     let id = ConnId(self.next_connection);
                     self.next_connection += 1;
-                    self.connections.insert(id, socket);
+                    self.connections.insert(id, Connection { socket, heard: false });
                     self.core.connected(id);
                 }
                 Err(Sys::INTR | Sys::CONNABORTED) => {}
@@ -308,6 +319,19 @@ impl Agent {
                 }
             }
         }
+    }
+
+    /// Makes room for one more connection; says whether there is any.
+    fn make_room(&mut self) -> bool {
+        if self.connections.len() < MAX_CONNECTIONS {
+            return true;
+        }
+        let silent = self.connections.iter().find(|(_, connection)| !connection.heard);
+        let Some(id) = silent.map(|(id, _)| *id) else {
+            return false;
+        };
+        self.drop_connection(id);
+        true
     }
 
     fn drop_connection(&mut self, id: ConnId) {
