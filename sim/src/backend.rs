@@ -9,7 +9,7 @@ use crate::{
     machine::SimHypervisor,
     rng::Streams,
     trace::{Tag, Timeline, TimelineLine, Trace},
-    world::{Watcher, World},
+    world::{SNAPSHOTS, Watcher, World},
     yields::Yields,
 };
 use async_trait::async_trait;
@@ -123,7 +123,7 @@ impl SimBackendBuilder {
             hypervisor: Arc::new(SimHypervisor::new(Arc::clone(&world))),
             env: Arc::clone(&world.env) as Arc<dyn Env>,
             fs: Arc::new(SimHost(Arc::clone(&world)).fs()),
-            snapshots: PathBuf::from("/snapshots"),
+            snapshots: PathBuf::from(SNAPSHOTS),
             observer: Arc::new(Watcher(Arc::clone(&world))) as Arc<dyn Observer>,
         });
         Ok(SimBackend { core, world })

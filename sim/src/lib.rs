@@ -20,6 +20,8 @@
 #![forbid(unsafe_code)]
 
 pub mod backend;
+#[cfg(test)]
+mod backend_tests;
 pub mod env;
 pub mod fault;
 pub mod guest;

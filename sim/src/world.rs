@@ -13,6 +13,7 @@ use crate::{
 };
 use std::{
     collections::BTreeMap,
+    path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
@@ -26,6 +27,9 @@ use vm_core::{
 };
 use vm_guest_protocol::{Frame, Request};
 use vm_trait::{CrashReason, Operation, VmId};
+
+/// Where snapshots are kept that are given no path.
+pub(crate) const SNAPSHOTS: &str = "/snapshots";
 
 /// One simulation.
 ///
@@ -64,7 +68,7 @@ impl World {
             programs,
             limits,
             yields,
-            host: Mutex::default(),
+            host: Mutex::new(HostState::new(Path::new(SNAPSHOTS))),
             machines: Mutex::default(),
             next_machine: AtomicU64::new(0),
         }

@@ -155,6 +155,14 @@ struct GuestDisk {
 }
 
 impl HostState {
+    /// Makes a host whose disk holds an empty directory for snapshots.
+    pub(crate) fn new(snapshots: &Path) -> Self {
+        let mut host = Self::default();
+        // It cannot fail: nothing stands in the way on an empty disk.
+        let _ = host.disk.create_dir_all(snapshots);
+        host
+    }
+
     /// Finds room for a machine.
     pub(crate) fn reserve(&mut self, limits: &SimHostLimits, memory: Mib) -> Result<(), MachineError> {
         if self.machines >= limits.machines {
