@@ -6,9 +6,19 @@ use vm_guest_protocol::{GuestError, GuestErrorKind};
 /// The longest path that is worked on and shown in an error.
 pub(super) const MAX_PATH: usize = 4096;
 
-/// Makes the error of a system call on a path.
+/// Makes the error of a system call, on a file where there is a path.
 pub(super) fn failed(errno: Errno, path: &str) -> GuestError {
-    kinded(kind_of(errno), errno, path)
+    use GuestErrorKind as K;
+    let kind = match kind_of(errno) {
+        // Of a file, these say nothing that the errno does not say better.
+        K::NoSuchProcess | K::OutOfResources | K::InvalidArgument | K::Unsupported
+            if !path.is_empty() =>
+        {
+            K::Other
+        }
+        kind => kind,
+    };
+    kinded(kind, errno, path)
 }
 
 /// Makes an error of a kind of its own for a failed system call.

@@ -2,7 +2,7 @@
 //! runs as.
 
 use super::{
-    error::{MAX_PATH, failed, kinded, refused},
+    error::{MAX_PATH, kind_of, kinded, refused},
     tree::join,
 };
 use crate::os::{Errno, GuestOs, SpawnSpec, Spawned, SysResult};
@@ -99,7 +99,11 @@ fn refusal(errno: Errno, spec: &SpawnSpec) -> GuestError {
         Errno::NOENT | Errno::NOTDIR | Errno::NAMETOOLONG => K::ProgramNotFound,
         Errno::ACCES | Errno::ISDIR | Errno::NOEXEC | Errno::LOOP => K::ProgramNotExecutable,
         Errno::PERM if spec.ids.is_some() => K::UserNotPermitted,
-        _ => return failed(errno, &spec.argv[0]),
+        _ => match kind_of(errno) {
+            kind @ (K::OutOfResources | K::InvalidArgument) => kind,
+            // Without a path it is not mistaken for the failure of a file.
+            _ => return kinded(K::Other, errno, ""),
+        },
     };
     kinded(kind, errno, &spec.argv[0])
 }
