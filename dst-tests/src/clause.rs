@@ -18,6 +18,8 @@ pub struct Clause {
     /// Faults without which the promise cannot be put to the test. A target that cannot make one of them happen
     /// leaves the clause out, and says so.
     pub needs_faults: &'static [FaultKind],
+    /// Whether the check sets deadlines, or counts things, that faults of the target's own accord would upset.
+    pub undisturbed: bool,
     /// The check.
     pub check: Check,
 }
@@ -38,6 +40,13 @@ pub struct Broken {
 }
 
 impl Clause {
+    /// Asks that no fault happen but those that the check orders.
+    #[must_use]
+    pub const fn undisturbed(mut self) -> Self {
+        self.undisturbed = true;
+        self
+    }
+
     /// Gives the group: what stands before the dot.
     #[must_use]
     pub fn group(&self) -> &'static str {
@@ -86,6 +95,7 @@ macro_rules! clause {
             promise: $promise,
             requires: &[$(vm_trait::Capability::$cap),*],
             needs_faults: &[$(vm_core::fault::FaultKind::$fault),*],
+            undisturbed: false,
             check: |ctx| Box::pin($check(ctx)),
         }
     };

@@ -20,13 +20,16 @@ use vm_trait::{
 pub(super) const CLAUSES: &[Clause] = &[
     clause!(sequential, "chaos.one_after_the_other",
         "whatever fails below, every operation ends as it may, the state is true, and data is never half or old",
-        [Exec, Files], faults: []),
+        [Exec, Files], faults: [])
+    .undisturbed(),
     clause!(concurrent, "chaos.at_the_same_time",
         "whatever fails below and whoever calls, every operation ends as it may, and the machine can be brought back",
-        [Exec, Files], faults: []),
+        [Exec, Files], faults: [])
+    .undisturbed(),
     clause!(dropped, "chaos.with_dropped_futures",
         "whatever fails below, dropped operations leave a machine that can be brought back",
-        [Exec, Files], faults: []),
+        [Exec, Files], faults: [])
+    .undisturbed(),
 ];
 
 /// What an independent model knows of a machine.

@@ -5,7 +5,7 @@ use super::probe::{
 };
 use crate::{
     clause,
-    clause::{Clause, Verdict},
+    clause::{Broken, Clause, Verdict},
     context::{Context, Task},
     ensure, ensure_eq, ensure_err,
 };
@@ -22,7 +22,8 @@ pub(super) const CLAUSES: &[Clause] = &[
         "lifecycle operations that are called at the same time are served in order of arrival",
         [Exec, Files, Pause], faults: []),
     clause!(beside_each_other, "concurrency.programs_run_beside_each_other",
-        "programs and file operations run beside each other", [Exec, Files], faults: []),
+        "programs and file operations run beside each other", [Exec, Files], faults: [])
+    .undisturbed(),
     clause!(long_exec_blocks_nothing, "concurrency.an_exec_blocks_no_lifecycle",
         "an exec that runs does not hold up lifecycle operations", [Exec, Pause], faults: []),
     clause!(stop_interrupts, "concurrency.ends_interrupt_all",
@@ -77,7 +78,7 @@ async fn beside_each_other(ctx: &Context) -> Verdict {
         ctx.sleep(millis(ctx, 1, 50)).await;
         let nonce = Nonce::plant(ctx, &vm).await?;
         nonce.there(&vm, "beside programs").await?;
-        Result::<Duration, crate::clause::Broken>::Ok(ctx.now() - begun)
+        Result::<Duration, Broken>::Ok(ctx.now() - begun)
     };
     let (outputs, files) = join(join_all(programs), files).await;
     let taken = ctx.now() - begun;

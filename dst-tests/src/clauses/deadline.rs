@@ -19,22 +19,28 @@ pub(super) const CLAUSES: &[Clause] = &[
         "ping answers with the round-trip time", [Exec], faults: []),
     clause!(stall, "deadline.stalled_link",
         "while the agent is out of reach operations end by their deadline, and afterwards they work",
-        [Exec], faults: [LinkStall]),
+        [Exec], faults: [LinkStall])
+    .undisturbed(),
     clause!(short_stall, "deadline.short_stall_is_waited_out",
-        "a stall within the deadline fails nothing and loses nothing", [Exec, Files], faults: [LinkStall]),
+        "a stall within the deadline fails nothing and loses nothing", [Exec, Files], faults: [LinkStall])
+    .undisturbed(),
     clause!(stalled_capture, "deadline.stuck_capture_ends",
         "a snapshot of a machine that cannot be paused ends by its deadline, in a truthful state",
-        [Exec, Snapshot], faults: [PauseStuck]),
+        [Exec, Snapshot], faults: [PauseStuck])
+    .undisturbed(),
     clause!(stalled_fork, "deadline.stuck_fork_ends",
         "a fork of a machine that cannot be paused ends by its deadline, in a truthful state",
-        [Exec, Fork], faults: [PauseStuck]),
+        [Exec, Fork], faults: [PauseStuck])
+    .undisturbed(),
     clause!(slow_files, "deadline.slow_files",
         "operations on files of a slow disk succeed or end by their deadline, and the machine works afterwards",
-        [Exec, Files], faults: [SlowIo]),
+        [Exec, Files], faults: [SlowIo])
+    .undisturbed(),
     clause!(timeout_is_told, "deadline.program_timeout_is_a_status",
         "a program whose own time runs out is TimedOut, which is no error", [Exec], faults: []),
     clause!(no_deadline_for_programs, "deadline.programs_may_run_long",
-        "a program may run longer than every timeout of the machine", [Exec], faults: []),
+        "a program may run longer than every timeout of the machine", [Exec], faults: [])
+    .undisturbed(),
 ];
 
 /// Makes a running machine with short deadlines for what needs the agent.

@@ -25,7 +25,8 @@ pub(super) const CLAUSES: &[Clause] = &[
         [Exec, Files, Snapshot], faults: [HostDiskFull]),
     clause!(retriable_link, "errors.retriable_link",
         "an operation that failed for want of the agent succeeds when it is tried again",
-        [Exec], faults: [LinkStall]),
+        [Exec], faults: [LinkStall])
+    .undisturbed(),
     clause!(restart_needed, "errors.restart_needed",
         "an error that asks for a restart means it: the machine has ended, and works after a start",
         [Exec], faults: [VmmKilled, BootFail]),

@@ -3,7 +3,7 @@
 use super::probe::{Nonce, Vm, made, order, truthful};
 use crate::{
     clause,
-    clause::{Clause, Verdict},
+    clause::{Broken, Clause, Verdict},
     context::Context,
     ensure, ensure_eq, ensure_err,
 };
@@ -45,7 +45,7 @@ pub(super) const CLAUSES: &[Clause] = &[
 ];
 
 /// Takes a snapshot of a running machine and gives its bytes.
-async fn exported(ctx: &Context, vm: &Vm) -> Result<Bytes, crate::clause::Broken> {
+async fn exported(ctx: &Context, vm: &Vm) -> Result<Bytes, Broken> {
     let snapshot = vm.snapshot(SnapshotOptions::default()).await?;
     let bytes = ctx.backend().export_snapshot(&snapshot).await?;
     ctx.backend().delete_snapshot(&snapshot).await?;

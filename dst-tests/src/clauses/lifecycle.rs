@@ -63,7 +63,8 @@ pub(super) const CLAUSES: &[Clause] = &[
         "kill ends a running exec at once with Interrupted", [Exec], faults: []),
     clause!(ends_preempt_boot, "lifecycle.ends_preempt_boot",
         "stop and kill cut a boot short: it fails with Interrupted and the machine is gone",
-        [Exec], faults: []),
+        [Exec], faults: [])
+    .undisturbed(),
     clause!(ends_preempt_hanging_boot, "lifecycle.ends_preempt_hanging_boot",
         "stop and kill cut a hanging boot short without waiting for its deadline",
         [Exec], faults: [BootHang]),
@@ -231,7 +232,7 @@ async fn stop_lets_clean_up(ctx: &Context) -> Verdict {
     );
     let process = spawn_sh(&vm, &program).await?;
     read_until(&process, "ready").await?;
-    vm.stop(StopOptions::default().with_grace(Duration::from_secs(5))).await?;
+    vm.stop(StopOptions::default().with_grace(SOON)).await?;
     vm.start().await?;
     ensure_eq!(vm.read_to_string("/data/end").await?, format!("{word}\n"), "the clean-up's file");
     Ok(())
@@ -257,7 +258,7 @@ async fn stop_sends_the_signal(ctx: &Context) -> Verdict {
     let (name, _) = ctx.pick(SIGNALS);
     let text = ctx.pick(&[name.to_owned(), format!("SIG{name}"), name.to_ascii_lowercase()]);
     let signal: Signal = text.parse().map_err(|error| Broken::new(format!("{error}")))?;
-    let options = StopOptions::default().with_grace(Duration::from_secs(5)).with_signal(signal);
+    let options = StopOptions::default().with_grace(SOON).with_signal(signal);
     vm.stop(options).await?;
     vm.start().await?;
     ensure_eq!(vm.read_to_string("/data/signal").await?, format!("{name}\n"), "the signal sent");

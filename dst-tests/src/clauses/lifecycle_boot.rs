@@ -3,7 +3,7 @@
 use super::probe::{boot_time, made, millis, order, sh, truthful, works};
 use crate::{
     clause,
-    clause::{Clause, Verdict},
+    clause::{Broken, Clause, Verdict},
     context::Context,
     ensure, ensure_eq, ensure_err,
 };
@@ -16,7 +16,8 @@ use vm_trait::{CrashReason, VmError, VmErrorKind, VmExit, VmState};
 pub(super) const CLAUSES: &[Clause] = &[
     clause!(boot_hang, "lifecycle.boot_hang_ends",
         "a boot that hangs ends by its deadline with BootFailed and the console, and the machine is Crashed",
-        [Exec], faults: [BootHang]),
+        [Exec], faults: [BootHang])
+    .undisturbed(),
     clause!(boot_panic, "lifecycle.boot_panic_is_fast",
         "a kernel panic during boot ends it long before the deadline, with BootFailed and the console",
         [Exec], faults: [BootPanic]),
@@ -216,7 +217,7 @@ fn carries_console(ctx: &Context, outcome: &Result<(), VmError>, console: &[u8])
     let carried = outcome.as_ref().err().and_then(boot_failed).unwrap_or_default();
     let last = carried.lines().rev().find(|line| !line.trim().is_empty());
     let Some(last) = last else {
-        return Err(crate::clause::Broken::new("a failed boot carries no console line"));
+        return Err(Broken::new("a failed boot carries no console line"));
     };
     let whole = String::from_utf8_lossy(console);
     ensure!(whole.contains(last.trim()), "`{last}` is not a line of the console");

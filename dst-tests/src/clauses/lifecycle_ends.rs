@@ -6,8 +6,8 @@ use super::probe::{
 };
 use crate::{
     clause,
-    clause::{Clause, Verdict},
-    context::Context,
+    clause::{Broken, Clause, Verdict},
+    context::{Context, Task},
     ensure, ensure_eq, ensure_err,
 };
 use futures_util::future::join_all;
@@ -95,11 +95,7 @@ async fn vmm_death(ctx: &Context) -> Verdict {
 }
 
 /// Has several operations under way when a fault strikes, and gives what came of them.
-async fn under_way(
-    ctx: &Context,
-    vm: &Vm,
-    kind: FaultKind,
-) -> Result<Vec<VmResult<()>>, crate::clause::Broken> {
+async fn under_way(ctx: &Context, vm: &Vm, kind: FaultKind) -> Result<Vec<VmResult<()>>, Broken> {
     let count = ctx.draw(1, 6);
     let tasks: Vec<_> = (0..count)
         .map(|n| {
@@ -115,7 +111,7 @@ async fn under_way(
         .collect();
     ctx.sleep(millis(ctx, 50, 150)).await;
     let ordered = order(ctx, FaultOrder::next(kind).on(vm.id()))?;
-    let joined = join_all(tasks.into_iter().map(crate::context::Task::join));
+    let joined = join_all(tasks.into_iter().map(Task::join));
     let outcomes = ctx.within(SOON, "operations on a machine that died", joined).await?;
     ordered.must_have_fired(ctx)?;
     until_settled(ctx, vm).await?;
@@ -167,7 +163,7 @@ async fn wait_wakes_all(ctx: &Context) -> Verdict {
         VmState::Crashed(reason) => VmExit::Crashed(reason),
         _ => VmExit::Stopped,
     };
-    let joined = join_all(waiters.into_iter().map(crate::context::Task::join));
+    let joined = join_all(waiters.into_iter().map(Task::join));
     for exit in ctx.within(SOON, "waiters of a machine that ended", joined).await? {
         ensure_eq!(exit?, expected, "what a waiter gets");
     }

@@ -3,7 +3,7 @@
 use super::probe::{Stage, Vm, millis, order, truthful};
 use crate::{
     clause,
-    clause::{Clause, Verdict},
+    clause::{Broken, Clause, Verdict},
     context::Context,
     ensure, ensure_eq, ensure_err,
 };
@@ -113,12 +113,7 @@ fn admitted(outcome: &VmResult<()>) -> bool {
 }
 
 /// Carries out an operation and checks what came of it against the table; gives the stage afterwards.
-async fn step(
-    ctx: &Context,
-    vm: &Vm,
-    stage: Stage,
-    operation: Operation,
-) -> Result<Stage, crate::clause::Broken> {
+async fn step(ctx: &Context, vm: &Vm, stage: Stage, operation: Operation) -> Result<Stage, Broken> {
     let before = vm.state();
     let outcome = attempt(ctx, vm, operation).await;
     let expected = if stage.allows(operation) {

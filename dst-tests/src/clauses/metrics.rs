@@ -26,7 +26,8 @@ pub(super) const CLAUSES: &[Clause] = &[
     clause!(bytes_counted, "metrics.agent_bytes_are_counted",
         "bytes to and from the agent are counted", [Exec, Files], faults: []),
     clause!(reconnects, "metrics.reconnects_are_counted",
-        "connections to the agent that were made anew are counted", [Exec], faults: [LinkDisconnect]),
+        "connections to the agent that were made anew are counted", [Exec], faults: [LinkDisconnect])
+    .undisturbed(),
 ];
 
 async fn always_answer(ctx: &Context) -> Verdict {

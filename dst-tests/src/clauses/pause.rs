@@ -47,14 +47,18 @@ pub(super) const CLAUSES: &[Clause] = &[
         "the timeout of a program counts guest time: it does not run out during a pause",
         [Exec, Pause, GuestKernel], faults: []),
     clause!(pause_refused, "pause.failed_pause_is_truthful",
-        "a pause that fails says so, and the machine goes on", [Exec, Pause], faults: [PauseFail]),
+        "a pause that fails says so, and the machine goes on", [Exec, Pause], faults: [PauseFail])
+    .undisturbed(),
     clause!(pause_stuck, "pause.stuck_pause_ends",
-        "a pause that is not answered ends by its deadline, in a truthful state", [Exec, Pause], faults: [PauseStuck]),
+        "a pause that is not answered ends by its deadline, in a truthful state", [Exec, Pause], faults: [PauseStuck])
+    .undisturbed(),
     clause!(resume_refused, "pause.failed_resume_is_truthful",
-        "a resume that fails says so, in a truthful state", [Exec, Pause], faults: [ResumeFail]),
+        "a resume that fails says so, in a truthful state", [Exec, Pause], faults: [ResumeFail])
+    .undisturbed(),
     clause!(resume_stuck, "pause.stuck_resume_ends",
         "a resume that is not answered ends by its deadline, in a truthful state",
-        [Exec, Pause], faults: [ResumeStuck]),
+        [Exec, Pause], faults: [ResumeStuck])
+    .undisturbed(),
 ];
 
 async fn freezes_time(ctx: &Context) -> Verdict {

@@ -26,7 +26,7 @@ use vm_trait::{
 pub(super) type Vm = Arc<dyn VmInstance>;
 
 /// Within this time what happens by itself must be seen.
-pub(super) const SOON: Duration = Duration::from_secs(5);
+pub(super) const SOON: Duration = Duration::from_secs(20);
 
 /// Within this time an operation must end that has a deadline of its own and default timeouts.
 pub(super) const LONG: Duration = Duration::from_secs(300);

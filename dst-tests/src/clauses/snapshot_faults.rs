@@ -42,7 +42,8 @@ pub(super) const CLAUSES: &[Clause] = &[
         "a restore that is slow but within its deadline succeeds", [Exec, Files, Snapshot], faults: [LoadSlow]),
     clause!(load_too_slow, "snapshot.restore_ends_by_its_deadline",
         "a restore that takes too long ends by its deadline, with no machine left half-made",
-        [Exec, Files, Snapshot, RestoreInPlace], faults: [LoadSlow]),
+        [Exec, Files, Snapshot, RestoreInPlace], faults: [LoadSlow])
+    .undisturbed(),
     clause!(crash_amid, "snapshot.crash_amid_a_snapshot",
         "a machine that dies amid a snapshot fails it, and leaves no file",
         [Exec, Files, Snapshot], faults: [VmmKilled]),
