@@ -50,6 +50,7 @@ fn main() -> ExitCode {
         trial("dropping_the_last_handle_leaves_nothing", dropping_leaves_nothing),
         trial("a_stop_leaves_nothing_and_a_start_begins_anew", a_stop_leaves_nothing),
         trial("a_killed_agent_is_a_crash_and_leaves_nothing", a_killed_agent_leaves_nothing),
+        trial("a_wedged_agent_is_killed_with_all_it_started", a_wedged_agent_is_killed),
         trial("a_guest_that_keeps_forking_dies", a_guest_that_keeps_forking_dies),
         trial("many_machines_do_not_meet", many_machines_do_not_meet),
         trial("what_is_not_offered_is_refused", what_is_not_offered_is_refused),
@@ -279,6 +280,18 @@ async fn a_killed_agent_leaves_nothing(host: Host) {
     host.is_empty().await;
     vm.start().await.unwrap();
     assert!(vm.sh("exit").await.unwrap().status.success());
+}
+
+async fn a_wedged_agent_is_killed(host: Host) {
+    let vm = host.start().await;
+    let token = scattered(&host, &*vm).await;
+    let agent = proc_table::process(host.agent(vm.id())).unwrap();
+    // SIGSTOP.
+    agent.signal(19).unwrap();
+    vm.kill().await.unwrap();
+    assert_eq!(with_argument(&token), []);
+    assert_eq!(proc_table::process(agent.pid), None);
+    host.is_empty().await;
 }
 
 async fn a_guest_that_keeps_forking_dies(host: Host) {
