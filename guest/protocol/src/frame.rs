@@ -10,7 +10,7 @@
 //! | n | payload: raw for `Data`, `Eof` and `Credit`, nothing for `Close`, postcard for the rest |
 
 use crate::{
-    MAX_DATA, MAX_PAYLOAD, PROTOCOL_VERSION,
+    MAX_DATA, MAX_LIST, MAX_PAYLOAD, PROTOCOL_VERSION,
     message::{GuestError, Hello, ProcessExit, Refusal, Reply, Request, Started, Welcome},
 };
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -170,6 +170,11 @@ pub fn encode_data(
 /// Says whether a request is small enough to be sent.
 #[must_use]
 pub fn fits(request: &Request) -> bool {
+    if let Request::Exec(spec) = request
+        && spec.args.len().max(spec.env.len()) > MAX_LIST
+    {
+        return false;
+    }
     postcard::experimental::serialized_size(request).is_ok_and(|size| size <= MAX_PAYLOAD)
 }
 

@@ -60,6 +60,7 @@
 //! | [`message`] | what handshake, requests, replies and errors say |
 #![forbid(unsafe_code)]
 
+mod bounded;
 pub mod frame;
 pub mod message;
 
@@ -83,3 +84,9 @@ pub const MAX_PAYLOAD: usize = 4 << 20;
 
 /// How many bytes a receiver of a channel holds when it has said nothing else.
 pub const DEFAULT_WINDOW: u32 = 256 << 10;
+
+/// The most arguments, variables, streams or processes that one frame lists.
+pub const MAX_LIST: usize = 128 << 10;
+
+/// The most names of a [`ListedDir`].
+pub const MAX_ENTRIES: usize = 1 << 20;

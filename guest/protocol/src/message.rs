@@ -1,5 +1,6 @@
 //! What the frames say.
 
+use crate::{MAX_ENTRIES, MAX_LIST, bounded};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +15,7 @@ pub struct Hello {
     pub resume: bool,
     /// On `resume`: the streams that the host still holds. The agent treats every other stream of the session as if
     /// it had received its [`Close`](crate::Frame::Close), which may have been lost with the connection.
+    #[serde(deserialize_with = "bounded::list::<MAX_LIST, _, _>")]
     pub live: Vec<u32>,
 }
 
@@ -149,8 +151,10 @@ pub struct ExecSpec {
     /// A path, or a name to be looked for in `PATH`.
     pub program: String,
     /// The arguments after the program's own name.
+    #[serde(deserialize_with = "bounded::list::<MAX_LIST, _, _>")]
     pub args: Vec<String>,
     /// The whole environment.
+    #[serde(deserialize_with = "bounded::list::<MAX_LIST, _, _>")]
     pub env: Vec<(String, String)>,
     /// The working directory; `/` where not given.
     pub cwd: Option<String>,
@@ -231,7 +235,7 @@ pub enum Reply {
     /// To `Stat`.
     Stat(StatEntry),
     /// To `Processes`, by id.
-    Processes(Vec<ProcessEntry>),
+    Processes(#[serde(deserialize_with = "bounded::list::<MAX_LIST, _, _>")] Vec<ProcessEntry>),
 }
 
 /// A file's metadata.
@@ -268,6 +272,7 @@ pub enum EntryKind {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ListedDir {
     /// Names and what they name.
+    #[serde(deserialize_with = "bounded::list::<MAX_ENTRIES, _, _>")]
     pub entries: Vec<(String, EntryKind)>,
 }
 

@@ -9,7 +9,7 @@
 //! | ended processes that belong to no stream | 64 | the oldest is forgotten |
 //! | input or output held for a channel | [`AgentConfig::window`] | the sender waits |
 //! | output held for a process without a reader | [`AgentConfig::retained_detached`] | the oldest is dropped |
-//! | an encoded directory listing | 32 MiB | `OutOfResources` |
+//! | a directory listing | 1,048,576 names and 32 MiB | `OutOfResources` |
 //! | bytes waiting on a connection | 1 MiB of data; 2 MiB and one frame in all | streams wait; the host is not heard |
 //!
 //! # Map of the module

@@ -2,7 +2,7 @@
 
 use super::error::{MAX_PATH, failed, kinded, refused};
 use crate::os::{Errno, GuestOs};
-use vm_guest_protocol::{EntryKind, GuestError, GuestErrorKind, ListedDir};
+use vm_guest_protocol::{EntryKind, GuestError, GuestErrorKind, ListedDir, MAX_ENTRIES};
 
 /// The largest encoded directory listing.
 const MAX_LISTING: usize = 32 << 20;
@@ -45,8 +45,9 @@ pub(super) fn list(path: &str, os: &mut dyn GuestOs) -> Result<bytes::Bytes, Gue
     check(path)?;
     let mut entries = os.read_dir(path).map_err(|errno| failed(errno, path))?;
     entries.sort_unstable_by(|(one, _), (other, _)| one.as_bytes().cmp(other.as_bytes()));
+    let too_many = entries.len() > MAX_ENTRIES;
     let listing = ListedDir { entries }.to_bytes();
-    if listing.len() > MAX_LISTING {
+    if too_many || listing.len() > MAX_LISTING {
         return Err(refused(GuestErrorKind::OutOfResources, path));
     }
     Ok(listing)

@@ -237,6 +237,8 @@ impl Host {
         assert!(announced, "nothing comes before the host has announced the stream");
         match frame {
             Frame::Started(started) => {
+                let consumed = stream.consumed_by_agent;
+                assert!(consumed == 0 || consumed >= started.stdin, "credit is for this stream");
                 if stream.started.is_none() {
                     stream.outs[0].base = started.stdout;
                     stream.outs[1].base = started.stderr;

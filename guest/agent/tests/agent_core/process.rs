@@ -170,6 +170,17 @@ fn the_oldest_ended_processes_are_forgotten() {
     host.close(alive);
     host.settle();
     assert_eq!(known(&mut host), (7..=71).collect::<Vec<_>>());
+    // One that is attached to is not among them.
+    let kept = attach(&mut host, 7, 0, 0);
+    for process in 72..=140 {
+        let id = spawn(&mut host, &["echo", "x"]);
+        host.ask(Request::Detach { process }).unwrap();
+        host.close(id);
+    }
+    assert!(known(&mut host).starts_with(&[7, 71, 77]));
+    host.ask(Request::Detach { process: 7 }).unwrap();
+    host.close(kept);
+    assert!(known(&mut host).starts_with(&[7, 71, 78]));
 }
 
 #[test]

@@ -324,3 +324,14 @@ fn a_request_fits_exactly_up_to_the_limit() {
     decoder.feed(&wire);
     assert_eq!(decoder.next_frame(), Ok(Some((1, Frame::Open(most)))));
 }
+
+#[test]
+fn long_lists_are_refused_however_short_their_items() {
+    let request =
+        |args| Request::Exec(ExecSpec { args: vec![String::new(); args], ..ExecSpec::default() });
+    for (args, good) in [(MAX_LIST, true), (MAX_LIST + 1, false)] {
+        let payload = postcard::to_allocvec(&request(args)).unwrap();
+        assert_eq!(decode(kind::OPEN, &payload).is_ok(), good, "{args}");
+        assert_eq!(fits(&request(args)), good, "{args}");
+    }
+}
