@@ -65,7 +65,7 @@ impl Default for AgentConfig {
 }
 
 impl AgentConfig {
-    fn window(&self) -> usize {
+    fn window_bytes(&self) -> usize {
         usize::try_from(self.window).unwrap_or(usize::MAX).max(1)
     }
 }

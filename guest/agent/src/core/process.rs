@@ -147,7 +147,7 @@ impl Process {
         if out.is_ended() || self.doomed {
             0
         } else if self.reader.is_some() {
-            config.window().saturating_sub(out.kept())
+            config.window_bytes().saturating_sub(out.kept())
         } else {
             PULL_BOUND
         }

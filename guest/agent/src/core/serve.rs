@@ -427,7 +427,7 @@ impl AgentCore {
             }
             Job::Read(read) => {
                 let Some(out) = self.link.out() else { return };
-                if read.pump(id, self.config.window(), out, os) {
+                if read.pump(id, self.config.window_bytes(), out, os) {
                     self.link.congested = true;
                     self.cursor = id;
                 } else if read.is_over() && !stream.end_sent {
