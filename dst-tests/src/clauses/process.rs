@@ -14,8 +14,8 @@ use futures_util::future::{join, join_all};
 use std::{sync::Arc, time::Duration};
 use vm_core::env::timeout;
 use vm_trait::{
-    ExecFailure, ExecRequest, ExecStatus, OutputChannel, OutputOffsets, Signal, VmErrorKind,
-    VmInstanceExt,
+    ExecFailure, ExecRequest, ExecStatus, OutputChannel, OutputOffsets, Signal, StopOptions,
+    VmErrorKind, VmInstanceExt,
 };
 
 /// What `spawn` promises of streams and ends.
@@ -37,6 +37,9 @@ pub(super) const CLAUSES: &[Clause] = &[
         "output that was not read when the program ended can be read after it, and then ends for good",
         [Exec], faults: []),
     clause!(cancelled_read, "process.cancelled_read", "giving up a read loses no byte", [Exec], faults: []),
+    clause!(cancelled_write, "process.cancelled_write",
+        "giving up a write leaves a beginning of its bytes or all of them, in order with those of other writes",
+        [Exec], faults: []),
     clause!(signal_is_caught, "process.signal_is_caught", "a program that catches a signal goes on as it likes",
         [Exec], faults: []),
     clause!(signal_ends, "process.signal_ends", "a signal that is not caught ends the program and its children",
@@ -58,7 +61,7 @@ pub(super) const CLAUSES: &[Clause] = &[
     clause!(spawn_failures, "process.spawn_failures", "a program that cannot be started is told by spawn itself",
         [Exec], faults: []),
     clause!(kill_interrupts, "process.kill_interrupts",
-        "killing the machine ends whatever waits for a program as Interrupted", [Exec], faults: []),
+        "stopping or killing the machine ends whatever waits for a program as Interrupted", [Exec], faults: []),
 ];
 
 async fn streams_as_it_comes(ctx: &Context) -> Verdict {
@@ -214,6 +217,33 @@ async fn cancelled_read(ctx: &Context) -> Verdict {
     }
     let wanted: String = words.iter().flat_map(|word| [word.as_str(), "\n"]).collect();
     same_bytes(&all, wanted.as_bytes(), "the output")
+}
+
+async fn cancelled_write(ctx: &Context) -> Verdict {
+    let vm = ctx.running().await?;
+    let process = vm.spawn(sh("sleep 0.1; cat", [""; 0]).open_stdin()).await?;
+    let mut written = Vec::new();
+    for byte in b'a'..=b'a' + u8::try_from(ctx.draw(1, 9)).unwrap_or(1) {
+        let size = length(ctx, 1, 400_000);
+        let write = process.write_stdin(vec![byte; size]);
+        let done = match timeout(&**ctx.env(), millis(ctx, 0, 20), write).await {
+            Ok(result) => result.map(|()| true)?,
+            Err(_given_up) => false,
+        };
+        written.push((byte, size, done));
+    }
+    process.close_stdin().await?;
+    let reading = read_to_end(&process, OutputChannel::Stdout);
+    let out = ctx.within(SOON, "what the program read", reading).await??;
+    let mut rest = &out[..];
+    for (byte, size, done) in written {
+        let count = rest.iter().take_while(|found| **found == byte).count();
+        ensure!(count <= size && (count == size || !done), "{count} of {size} bytes, done: {done}");
+        rest = &rest[count..];
+    }
+    ensure!(rest.is_empty(), "{} bytes out of order", rest.len());
+    ensure_eq!(process.wait().await?, ExecStatus::Exited(0), "status");
+    Ok(())
 }
 
 async fn signal_is_caught(ctx: &Context) -> Verdict {
@@ -407,12 +437,18 @@ async fn kill_interrupts(ctx: &Context) -> Verdict {
         ),
     ];
     ctx.sleep(millis(ctx, 20, 200)).await;
-    vm.kill().await?;
-    for (what, task) in tasks {
-        let result = ctx.within(SOON, what, task.join()).await??;
-        ensure_err!(result, VmErrorKind::Interrupted, "{what} under a kill");
+    let what = if ctx.one_in(2) {
+        vm.kill().await?;
+        "a kill"
+    } else {
+        vm.stop(StopOptions::default().with_grace(millis(ctx, 0, 500))).await?;
+        "a stop"
+    };
+    for (waiting, task) in tasks {
+        let result = ctx.within(SOON, waiting, task.join()).await??;
+        ensure_err!(result, VmErrorKind::Interrupted, "{waiting} under {what}");
     }
     let late = vm.spawn(ExecRequest::new("true")).await;
-    ensure_err!(late, VmErrorKind::InvalidState { .. }, "spawn after the kill");
+    ensure_err!(late, VmErrorKind::InvalidState { .. }, "spawn after {what}");
     Ok(())
 }

@@ -24,6 +24,9 @@ pub(super) const CLAUSES: &[Clause] = &[
     clause!(attach_after_end, "process.attach_after_end",
         "what a detached program wrote until its end can be had later, from any offset, with its status",
         [Exec], faults: []),
+    clause!(detached_output_is_bounded, "process.detached_output_is_bounded",
+        "a detached program that nobody reads runs on, and who takes it up is told from which byte on its last output \
+         is kept", [Exec], faults: []),
     clause!(attach_to_input, "process.attach_to_input",
         "who takes up a detached program can write to it and close its input", [Exec], faults: []),
     clause!(attach_then_drop, "process.attach_then_drop",
@@ -113,6 +116,29 @@ async fn attach_after_end(ctx: &Context) -> Verdict {
     )?;
     same_bytes(&read_to_end(&process, OutputChannel::Stderr).await?, err.as_bytes(), "stderr")?;
     ensure_eq!(process.wait().await?, ExecStatus::Exited(code), "status");
+    Ok(())
+}
+
+async fn detached_output_is_bounded(ctx: &Context) -> Verdict {
+    let vm = ctx.running().await?;
+    let total = ctx.draw(600_000, 3 << 20);
+    let process = vm.spawn(sh("yes | head -c \"$1\"", [total.to_string()])).await?;
+    let id = process.detach().await?;
+    until(ctx, "the program has ended", || async {
+        let known = vm.processes().await?;
+        Ok(known.iter().any(|known| known.id == id && known.status.is_some()))
+    })
+    .await?;
+    let asked = ctx.draw(0, total);
+    let process = vm.attach_process(id, OutputOffsets { stdout: asked, stderr: 0 }).await?;
+    let begin = process.offsets().stdout;
+    ensure!((asked..=total).contains(&begin), "asked for {asked} of {total}, got {begin}");
+    let out = read_to_end(&process, OutputChannel::Stdout).await?;
+    let count = u64::try_from(out.len()).unwrap_or(0);
+    ensure_eq!(begin + count, total, "the last byte's offset");
+    let right = |(index, byte): (u64, &u8)| *byte == if index % 2 == 0 { b'y' } else { b'\n' };
+    ensure!((begin..).zip(&out).all(right), "bytes from {begin} on are not what was written there");
+    ensure_eq!(process.wait().await?, ExecStatus::Exited(0), "status");
     Ok(())
 }
 
