@@ -59,7 +59,7 @@ async fn streams_apart(ctx: &Context) -> Verdict {
     let paths = [format!("{dir}/out"), format!("{dir}/err")];
     vm.write(&paths[0], out.clone()).await?;
     vm.write(&paths[1], err.clone()).await?;
-    let trouble = disturb_link(ctx, &*vm)?;
+    let trouble = disturb_link(ctx, &*vm, 0)?;
     let got = vm.exec(sh("cat \"$1\"; cat \"$2\" >&2", paths)).await?;
     ensure_eq!(got.status, ExecStatus::Exited(0), "status");
     same_bytes(&got.stdout, &out, "stdout")?;
@@ -101,7 +101,7 @@ async fn death_by_signal(ctx: &Context) -> Verdict {
 async fn stdin_then_end(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
     let bytes = payload(ctx, 600_000);
-    let trouble = disturb_link(ctx, &*vm)?;
+    let trouble = disturb_link(ctx, &*vm, bytes.len())?;
     let running = vm.exec(ExecRequest::new("cat").stdin(bytes.clone()));
     let got = ctx.within(SOON, "cat", running).await??;
     ensure_eq!(got.status, ExecStatus::Exited(0), "status");
@@ -137,7 +137,7 @@ async fn megabytes_both_ways(ctx: &Context) -> Verdict {
     // More than all buffers between the two ends hold; eight mebibytes where runs are few.
     let size = if ctx.heavy(16) { 8 << 20 } else { length(ctx, 1 << 20, 3 << 20) };
     let bytes = ctx.bytes(size);
-    let trouble = disturb_link(ctx, &*vm)?;
+    let trouble = disturb_link(ctx, &*vm, bytes.len())?;
     let running = vm.exec(ExecRequest::new("cat").stdin(bytes.clone()));
     let got = ctx.within(SOON * 6, "megabytes through cat", running).await??;
     ensure_eq!(got.status, ExecStatus::Exited(0), "status");

@@ -63,7 +63,7 @@ async fn arguments_arrive(ctx: &Context) -> Verdict {
     if ctx.one_in(4) {
         args.push("x".repeat(length(ctx, 1, 100_000)));
     }
-    let trouble = disturb_link(ctx, &*vm)?;
+    let trouble = disturb_link(ctx, &*vm, 0)?;
     let got = vm.exec(sh("printf '%s\\0' \"$@\"", args.clone())).await?;
     let wanted: String = args.iter().flat_map(|arg| [arg.as_str(), "\0"]).collect();
     same_bytes(&got.stdout, wanted.as_bytes(), &format!("the arguments {args:?}"))?;
@@ -306,7 +306,7 @@ async fn runs_once(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
     let log = format!("{}/log", fresh_dir(ctx, &*vm).await?);
     for round in 1..=ctx.draw(1, 4) {
-        let trouble = break_link(ctx, &*vm, FaultKind::LinkDisconnect)?;
+        let trouble = break_link(ctx, &*vm, FaultKind::LinkDisconnect, 0)?;
         let running =
             vm.exec(sh("echo ran >> \"$1\"; echo \"$2\"", [log.clone(), round.to_string()]));
         let got = ctx.within(SOON, "a program under a breaking link", running).await??;

@@ -85,7 +85,7 @@ async fn sizes(ctx: &Context) -> Verdict {
             drawn,
         ]);
         let bytes = ctx.bytes(size);
-        let trouble = disturb_link(ctx, &*vm)?;
+        let trouble = disturb_link(ctx, &*vm, bytes.len())?;
         let trip = round_trip(&*vm, &path, &bytes);
         ctx.within(SOON * 3, "a round trip", trip).await??;
         trouble.took_place(ctx)?;

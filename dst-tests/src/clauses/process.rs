@@ -66,7 +66,7 @@ pub(super) const CLAUSES: &[Clause] = &[
 
 async fn streams_as_it_comes(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
-    let trouble = disturb_link(ctx, &*vm)?;
+    let trouble = disturb_link(ctx, &*vm, 0)?;
     let process = vm.spawn(ExecRequest::new("cat").open_stdin()).await?;
     for _ in 0..ctx.draw(1, 6) {
         let bytes = ctx.bytes(length(ctx, 1, 5000));

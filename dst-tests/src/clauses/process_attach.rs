@@ -77,7 +77,7 @@ async fn detached_lives_on(ctx: &Context) -> Verdict {
         let least = length(ctx, 0, 12).min(wanted.len() - err.len());
         err.extend(read_at_least(&process, OutputChannel::Stderr, least).await?);
         let offsets = process.offsets();
-        let trouble = disturb_link(ctx, &*vm)?;
+        let trouble = disturb_link(ctx, &*vm, 0)?;
         let id = process.detach().await?;
         ctx.sleep(millis(ctx, 0, 60)).await;
         process = attach(&*vm, id, offsets).await?;
@@ -248,8 +248,8 @@ async fn streams_in_trouble(ctx: &Context, kind: FaultKind) -> Verdict {
     let vm = ctx.running().await?;
     let process = vm.spawn(ExecRequest::new("cat").open_stdin()).await?;
     for _ in 0..ctx.draw(1, 4) {
-        let trouble = break_link(ctx, &*vm, kind)?;
-        let bytes = ctx.bytes(length(ctx, 1, 400_000));
+        let bytes = ctx.bytes(length(ctx, 1, 800_000));
+        let trouble = break_link(ctx, &*vm, kind, bytes.len())?;
         let writing = process.write_stdin(bytes.clone());
         let reading = read_at_least(&process, OutputChannel::Stdout, bytes.len());
         let both = futures_util::future::join(writing, reading);
@@ -279,7 +279,7 @@ async fn short_link_unseen(ctx: &Context) -> Verdict {
 async fn spawn_over_broken_link(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
     for _ in 0..ctx.draw(1, 3) {
-        let trouble = break_link(ctx, &*vm, FaultKind::LinkDisconnect)?;
+        let trouble = break_link(ctx, &*vm, FaultKind::LinkDisconnect, 0)?;
         let process = vm.spawn(sh("echo up; sleep 600", [""; 0])).await?;
         read_until_text(ctx, &process, "up\n").await?;
         let listed = vm.processes().await?;

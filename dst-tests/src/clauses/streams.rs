@@ -198,23 +198,31 @@ pub(super) async fn read_until_text(
 #[must_use]
 pub(super) struct Disturbance(Option<Ordered>);
 
-/// In half of the runs, where the target can do so, breaks, stalls or shortens the traffic with the agent.
-pub(super) fn disturb_link(ctx: &Context, vm: &dyn VmInstance) -> Result<Disturbance, Broken> {
+/// In half of the runs, where the target can do so, breaks, stalls or shortens the traffic with the agent while `sent`
+/// bytes are sent to it.
+pub(super) fn disturb_link(
+    ctx: &Context,
+    vm: &dyn VmInstance,
+    sent: usize,
+) -> Result<Disturbance, Broken> {
     let kinds = [FaultKind::LinkDisconnect, FaultKind::LinkStall, FaultKind::LinkShort];
     let kind = ctx.pick(&kinds);
     if ctx.one_in(2) || !ctx.can_fault(kind) {
         return Ok(Disturbance(None));
     }
-    break_link(ctx, vm, kind)
+    break_link(ctx, vm, kind, sent)
 }
 
-/// Breaks, stalls or shortens the traffic with the agent at one of its next steps.
+/// Breaks, stalls or shortens the traffic with the agent while `sent` bytes are sent to it.
 pub(super) fn break_link(
     ctx: &Context,
     vm: &dyn VmInstance,
     kind: FaultKind,
+    sent: usize,
 ) -> Result<Disturbance, Broken> {
-    let skip = u32::try_from(ctx.draw(0, 1)).unwrap_or(0);
+    // A link is written to at least once for every so many bytes.
+    let occasions = sent.div_ceil(256 << 10).max(1);
+    let skip = u32::try_from(ctx.index(occasions)).unwrap_or(0);
     let wanted = FaultOrder::next(kind).on(vm.id()).after(skip);
     order(ctx, wanted.with_amount(millis(ctx, 5, 2000))).map(|ordered| Disturbance(Some(ordered)))
 }
