@@ -2,7 +2,10 @@
 
 use super::{
     probe::order,
-    streams::{SOON, disturb_link, fresh_dir, length, millis, payload, same_bytes, sh},
+    streams::{
+        SOON, TICKING_CHILD, disturb_link, fresh_dir, length, millis, no_more_ticks, payload,
+        same_bytes, sh, until,
+    },
 };
 use crate::{
     clause,
@@ -245,12 +248,9 @@ async fn elapsed_time(ctx: &Context) -> Verdict {
 
 async fn dropped_kills_group(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
-    let dir = fresh_dir(ctx, &*vm).await?;
-    let (begun, late) = (format!("{dir}/begun"), format!("{dir}/late"));
-    let script = "(sleep 0.6; echo late > \"$2\") & echo begun > \"$1\"; sleep 600";
-    let running = vm.exec(sh(script, [begun.clone(), late.clone()]));
-    let has_begun =
-        Box::pin(super::streams::until(ctx, "the program begins", || vm.exists(&begun)));
+    let ticks = format!("{}/ticks", fresh_dir(ctx, &*vm).await?);
+    let running = vm.exec(sh(&format!("{TICKING_CHILD}sleep 600"), [ticks.clone()]));
+    let has_begun = Box::pin(until(ctx, "the child runs", || vm.exists(&ticks)));
     match select(running, has_begun).await {
         Either::Left((ended, _)) => {
             let got = ended?;
@@ -261,10 +261,8 @@ async fn dropped_kills_group(ctx: &Context) -> Verdict {
             drop(running);
         }
     }
-    ctx.sleep(Duration::from_millis(1000)).await;
-    ensure!(!vm.exists(&late).await?, "a grandchild lived on after the future was dropped");
-    let no_processes = || async { Ok(vm.processes().await?.is_empty()) };
-    super::streams::until(ctx, "no process is left", no_processes).await
+    until(ctx, "no process is left", || async { Ok(vm.processes().await?.is_empty()) }).await?;
+    no_more_ticks(ctx, &*vm, &ticks).await
 }
 
 async fn killed_from_outside(ctx: &Context) -> Verdict {

@@ -2,7 +2,7 @@
 
 use super::{
     probe::order,
-    streams::{fresh_dir, millis, sh},
+    streams::{TICKING_CHILD, fresh_dir, millis, no_more_ticks, sh},
 };
 use crate::{
     clause,
@@ -35,20 +35,15 @@ const REACTION: Duration = Duration::from_secs(5);
 
 async fn timeout_kills_group(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
-    let late = format!("{}/late", fresh_dir(ctx, &*vm).await?);
-    // One child, and a child's child; both would write later if they lived.
-    let script = "(sleep 0.7; echo child >> \"$1\") & (sh -c 'sleep 0.7; echo grandchild >> \"$1\"' sh \"$1\") & \
-                  sleep 600";
-    let request = sh(script, [late.clone()]).timeout(millis(ctx, 100, 300));
-    let got = vm.exec(request).await?;
+    let dir = fresh_dir(ctx, &*vm).await?;
+    let (child, grandchild) = (format!("{dir}/child"), format!("{dir}/grandchild"));
+    let script = format!("{TICKING_CHILD}sh -c '{TICKING_CHILD}sleep 600' sh \"$2\"");
+    let request = sh(&script, [child.clone(), grandchild.clone()]);
+    let got = vm.exec(request.timeout(millis(ctx, 500, 900))).await?;
     ensure_eq!(got.status, ExecStatus::TimedOut, "status");
-    ctx.sleep(Duration::from_millis(1000)).await;
-    ensure!(
-        !vm.exists(&late).await?,
-        "a descendant lived on and wrote {}",
-        vm.read_to_string(&late).await?
-    );
-    Ok(())
+    ensure_eq!(got.stdout_text(), "ready\nready\n", "stdout");
+    no_more_ticks(ctx, &*vm, &child).await?;
+    no_more_ticks(ctx, &*vm, &grandchild).await
 }
 
 async fn timeout_keeps_output(ctx: &Context) -> Verdict {

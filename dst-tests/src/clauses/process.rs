@@ -1,8 +1,8 @@
 //! `spawn`: streams, signals and ends of processes that run beside the caller.
 
 use super::streams::{
-    SOON, disturb_link, fresh_dir, length, millis, read_at_least, read_to_end, read_until_text,
-    same_bytes, sh, until,
+    SOON, TICKING_CHILD, disturb_link, fresh_dir, length, millis, no_more_ticks, read_at_least,
+    read_to_end, read_until_text, same_bytes, sh, until,
 };
 use crate::{
     clause,
@@ -263,17 +263,14 @@ async fn signal_is_caught(ctx: &Context) -> Verdict {
 
 async fn signal_ends(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
-    let late = format!("{}/late", fresh_dir(ctx, &*vm).await?);
+    let ticks = format!("{}/ticks", fresh_dir(ctx, &*vm).await?);
     let signal = ctx.pick(&[Signal::HUP, Signal::TERM, Signal::KILL, Signal::USR1, Signal::USR2]);
-    let script = "(sleep 0.5; echo late > \"$1\") & echo ready; sleep 600";
-    let process = vm.spawn(sh(script, [late.clone()])).await?;
-    read_until_text(ctx, &process, "ready\n").await?;
+    let process = vm.spawn(sh(&format!("{TICKING_CHILD}sleep 600"), [ticks.clone()])).await?;
+    until(ctx, "the child runs", || vm.exists(&ticks)).await?;
     process.signal(signal).await?;
     let status = ctx.within(SOON, "the end", process.wait()).await??;
     ensure_eq!(status, ExecStatus::Signaled(signal), "status");
-    ctx.sleep(Duration::from_millis(900)).await;
-    ensure!(!vm.exists(&late).await?, "a child lived on after {signal}");
-    Ok(())
+    no_more_ticks(ctx, &*vm, &ticks).await
 }
 
 async fn signal_to_ended(ctx: &Context) -> Verdict {
@@ -347,19 +344,12 @@ async fn wait_with_timeout(ctx: &Context) -> Verdict {
 
 async fn dropped_kills_group(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
-    let late = format!("{}/late", fresh_dir(ctx, &*vm).await?);
-    let script = "(sleep 0.5; echo late > \"$1\") & echo ready; sleep 600";
-    let process = vm.spawn(sh(script, [late.clone()])).await?;
-    let id = process.id();
-    read_until_text(ctx, &process, "ready\n").await?;
+    let ticks = format!("{}/ticks", fresh_dir(ctx, &*vm).await?);
+    let process = vm.spawn(sh(&format!("{TICKING_CHILD}sleep 600"), [ticks.clone()])).await?;
+    until(ctx, "the child runs", || vm.exists(&ticks)).await?;
     drop(process);
-    until(ctx, "the process is gone", || async {
-        Ok(vm.processes().await?.iter().all(|known| known.id != id))
-    })
-    .await?;
-    ctx.sleep(Duration::from_millis(900)).await;
-    ensure!(!vm.exists(&late).await?, "a child lived on after the handle was dropped");
-    Ok(())
+    until(ctx, "no process is left", || async { Ok(vm.processes().await?.is_empty()) }).await?;
+    no_more_ticks(ctx, &*vm, &ticks).await
 }
 
 async fn cycles_leave_nothing(ctx: &Context) -> Verdict {

@@ -193,6 +193,21 @@ pub(super) async fn read_until_text(
     }
 }
 
+/// Begins a script with a child that writes to the file `$1` again and again as long as it lives.
+pub(super) const TICKING_CHILD: &str =
+    "(while true; do echo tick >> \"$1\"; sleep 0.02; done) & echo ready; ";
+
+/// Asks that whatever wrote to the file before does not any more.
+pub(super) async fn no_more_ticks(ctx: &Context, vm: &dyn VmInstance, path: &str) -> Verdict {
+    let before = vm.read_file(path).await?.len();
+    ctx.sleep(Duration::from_millis(300)).await;
+    let after = vm.read_file(path).await?.len();
+    if after == before {
+        return Ok(());
+    }
+    Err(Broken::new(format!("a child lives on: {before} bytes have become {after}")))
+}
+
 /// A fault of the link that nobody above it may notice.
 #[derive(Clone, Copy, Debug)]
 #[must_use]
