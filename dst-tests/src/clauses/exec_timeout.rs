@@ -31,7 +31,7 @@ pub(super) const CLAUSES: &[Clause] = &[
 ];
 
 /// What may pass between the end of a limit and the caller's hearing of it, on a busy host.
-const REACTION: Duration = Duration::from_secs(5);
+const REACTION: Duration = Duration::from_secs(10);
 
 async fn timeout_kills_group(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
@@ -73,14 +73,14 @@ async fn timeout_is_in_time(ctx: &Context) -> Verdict {
 async fn timeout_not_reached(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
     let code = u8::try_from(ctx.draw(0, 255)).unwrap_or(0);
-    let limit = ctx.pick(&[Duration::from_secs(30), Duration::from_secs(86_400), Duration::MAX]);
+    let limit = ctx.pick(&[Duration::from_secs(300), Duration::from_secs(86_400), Duration::MAX]);
     let request =
         sh("sleep \"0.$2\"; exit \"$1\"", [code.to_string(), ctx.draw(0, 99).to_string()]);
     let before = ctx.now();
     let got = vm.exec(request.timeout(limit)).await?;
     let took = ctx.now().saturating_sub(before);
     ensure_eq!(got.status, ExecStatus::Exited(code), "status under {limit:?}");
-    ensure!(took < Duration::from_secs(10), "told after {took:?}");
+    ensure!(took < REACTION * 2, "told after {took:?}");
     Ok(())
 }
 

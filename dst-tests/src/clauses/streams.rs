@@ -13,8 +13,8 @@ use vm_trait::{
     VmInstance, VmInstanceExt, VmResult,
 };
 
-/// How long something may take that needs no time of its own.
-pub(super) const SOON: Duration = Duration::from_secs(20);
+/// How long something may take that needs no time of its own, over a link in trouble or on a busy host.
+pub(super) const SOON: Duration = Duration::from_secs(60);
 
 /// Turns a drawn number into milliseconds.
 pub(super) fn millis(ctx: &Context, low: u64, high: u64) -> Duration {
