@@ -30,9 +30,11 @@
 //! | [`contract`] | the contract as a test program |
 //! | [`contract_doc`] | the contract as a document |
 //! | [`seeds`], [`filter`] | choosing seeds and clauses |
+//! | [`bench`] | measuring the simulator |
 //! | [`panics`] | catching panics |
 #![forbid(unsafe_code)]
 
+pub mod bench;
 pub mod clause;
 pub mod clauses;
 pub mod context;

@@ -25,7 +25,7 @@ impl Limits {
 
     /// Limits for a real clock.
     pub const REAL: Self =
-        Self { check: Duration::from_secs(300), leftovers: Duration::from_secs(60) };
+        Self { check: Duration::from_secs(120), leftovers: Duration::from_secs(60) };
 }
 
 /// Runs the check of `clause` and says what was broken, if anything.

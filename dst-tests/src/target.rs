@@ -6,9 +6,11 @@ use vm_core::fault::FaultKind;
 use vm_trait::Capabilities;
 
 mod process;
+mod sim;
 mod tokio;
 
 pub use process::ProcessTarget;
+pub use sim::SimTarget;
 pub use tokio::{Opened, TokioTarget};
 
 /// A backend to hold to the contract: how it is opened for a run, and in which environment the run takes place.

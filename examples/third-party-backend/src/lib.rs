@@ -69,3 +69,12 @@ impl VmBackend for MemoryBackend {
 pub(crate) fn unsupported(operation: Operation, what: &str) -> VmError {
     VmError::new(operation, VmErrorKind::Unsupported { what: what.to_owned() })
 }
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_contract_is_plugged_in_within_twenty_lines() {
+        let lines = include_str!("../tests/contract.rs").lines().count();
+        assert!(lines <= 20, "{lines} lines");
+    }
+}

@@ -10,6 +10,7 @@ use vm_trait::{
 /// The longest name that a file can have, in bytes.
 const MAX_NAME: usize = 255;
 /// Linux's error numbers for what has no kind of its own.
+const ENXIO: i32 = 6;
 const EBUSY: i32 = 16;
 const EINVAL: i32 = 22;
 const ENAMETOOLONG: i32 = 36;
@@ -19,6 +20,8 @@ const ENAMETOOLONG: i32 = 36;
 enum Node {
     File(Bytes),
     Directory,
+    /// The name of a device that there is no driver for.
+    Device,
 }
 
 #[derive(Clone, Debug)]
@@ -38,10 +41,16 @@ pub(crate) struct Tree {
 type FileResult<T> = Result<T, GuestFileError>;
 
 impl Tree {
-    /// Makes a tree of a root and `/tmp` whose files have at most `capacity` bytes in all.
+    /// Makes a tree of a root, `/tmp` and the names of two devices, whose files have at most `capacity` bytes in all.
     pub(crate) fn new(capacity: u64, now: Duration) -> Self {
-        let directory = |mode| Entry { node: Node::Directory, mode, modified: now };
-        let entries = [(String::new(), directory(0o755)), ("/tmp".to_owned(), directory(0o1777))];
+        let entry = |path: &str, node, mode| (path.to_owned(), Entry { node, mode, modified: now });
+        let entries = [
+            entry("", Node::Directory, 0o755),
+            entry("/tmp", Node::Directory, 0o1777),
+            entry("/dev", Node::Directory, 0o755),
+            entry("/dev/null", Node::Device, 0o666),
+            entry("/dev/zero", Node::Device, 0o666),
+        ];
         Self { entries: entries.into(), capacity }
     }
 
@@ -49,6 +58,7 @@ impl Tree {
         match &self.get(key(path)?)?.node {
             Node::File(bytes) => Ok(bytes.clone()),
             Node::Directory => Err(GuestFileError::IsADirectory),
+            Node::Device => Err(GuestFileError::Io { errno: ENXIO }),
         }
     }
 
@@ -64,6 +74,7 @@ impl Tree {
         let old = self.entries.get(key);
         let (old_size, old_mode) = match old.map(|entry| (&entry.node, entry.mode)) {
             Some((Node::Directory, _)) => return Err(GuestFileError::IsADirectory),
+            Some((Node::Device, _)) => return Err(GuestFileError::Io { errno: ENXIO }),
             Some((Node::File(bytes), mode)) => (bytes.len() as u64, mode),
             None => (0, 0o644),
         };
@@ -81,6 +92,7 @@ impl Tree {
         let (kind, size) = match &entry.node {
             Node::File(bytes) => (FileKind::File, bytes.len() as u64),
             Node::Directory => (FileKind::Directory, 0),
+            Node::Device => (FileKind::Other, 0),
         };
         Ok(FileStat::new(kind, size, entry.mode).with_modified(entry.modified))
     }
@@ -97,6 +109,7 @@ impl Tree {
                 let kind = match entry.node {
                     Node::File(_) => FileKind::File,
                     Node::Directory => FileKind::Directory,
+                    Node::Device => FileKind::Other,
                 };
                 (!name.contains('/')).then(|| DirEntry::new(name, kind))
             })
@@ -160,14 +173,15 @@ impl Tree {
             return Err(GuestFileError::Io { errno: EINVAL });
         }
         match (moved, self.entries.get(to).map(|entry| &entry.node)) {
-            (_, None) | (Node::File(_), Some(Node::File(_))) => {}
-            (Node::File(_), Some(Node::Directory)) => return Err(GuestFileError::IsADirectory),
-            (Node::Directory, Some(Node::File(_))) => return Err(GuestFileError::NotADirectory),
+            (_, None) => {}
             (Node::Directory, Some(Node::Directory)) => {
                 if self.below(to).next().is_some() {
                     return Err(GuestFileError::DirectoryNotEmpty);
                 }
             }
+            (_, Some(Node::Directory)) => return Err(GuestFileError::IsADirectory),
+            (Node::Directory, Some(_)) => return Err(GuestFileError::NotADirectory),
+            (_, Some(_)) => {}
         }
         for (path, entry) in self.take(from) {
             self.entries.insert(format!("{to}{}", &path[from.len()..]), entry);
@@ -179,7 +193,7 @@ impl Tree {
     pub(crate) fn used(&self) -> u64 {
         let sizes = self.entries.values().map(|entry| match &entry.node {
             Node::File(bytes) => bytes.len() as u64,
-            Node::Directory => 0,
+            Node::Directory | Node::Device => 0,
         });
         sizes.sum()
     }
@@ -196,7 +210,7 @@ impl Tree {
         for (end, _) in key.match_indices('/') {
             match self.entries.get(&key[..end]).map(|entry| &entry.node) {
                 Some(Node::Directory) => {}
-                Some(Node::File(_)) => return Err(GuestFileError::NotADirectory),
+                Some(_) => return Err(GuestFileError::NotADirectory),
                 None => return Err(GuestFileError::NotFound),
             }
         }
@@ -206,7 +220,7 @@ impl Tree {
     fn make_missing_dir(&mut self, key: &str, mode: u32, now: Duration) -> FileResult<()> {
         match self.entries.get(key).map(|entry| &entry.node) {
             Some(Node::Directory) => Ok(()),
-            Some(Node::File(_)) => Err(GuestFileError::NotADirectory),
+            Some(_) => Err(GuestFileError::NotADirectory),
             None => {
                 let entry = Entry { node: Node::Directory, mode, modified: now };
                 self.entries.insert(key.to_owned(), entry);

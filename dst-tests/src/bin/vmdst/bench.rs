@@ -1,0 +1,91 @@
+//! `vmdst bench`.
+
+use crate::{FAILED, Problem, any_number, print, write_json};
+use indicatif::{ProgressBar, ProgressStyle};
+use std::{fmt::Write, path::PathBuf};
+use vm_dst::{
+    bench::{Bench, Measured},
+    environment::Environment,
+};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// How many seeds of the scenario of mixed operations
+    #[arg(long, value_name = "N", default_value = "10000", value_parser = any_number)]
+    seeds: u64,
+    /// How many seeds of the idle scenario
+    #[arg(long, value_name = "N", default_value = "20", value_parser = any_number)]
+    idle_seeds: u64,
+    /// Also runs so many seeds twice and compares the fingerprints
+    #[arg(long, value_name = "N", default_value = "0", value_parser = any_number)]
+    twice: u64,
+    /// Where: madsim, tokio or turmoil. Default DST_ENV, else the one that explores most
+    #[arg(long, value_name = "ENV")]
+    env: Option<Environment>,
+    /// Writes what was measured to this file, as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<u8, Problem> {
+    let Arguments { seeds, idle_seeds, twice, env, json } = arguments;
+    let environment = match env {
+        Some(environment) => environment.available().map(|()| *environment),
+        None => Environment::from_env(),
+    };
+    let environment = environment.map_err(Problem::usage)?;
+    if *seeds == 0 || *idle_seeds == 0 {
+        return Err(Problem::usage("at least 1 seed of each scenario is needed"));
+    }
+    // Sums of counts must not overflow.
+    if [seeds, idle_seeds, twice].into_iter().any(|count| *count > 1 << 40) {
+        return Err(Problem::usage("that many seeds take years"));
+    }
+    print(&format!("environment: {}\n", environment.describe()))?;
+    let bar = ProgressBar::new(1000);
+    if let Ok(style) = ProgressStyle::with_template("{bar:40} {percent}%, {eta} left") {
+        bar.set_style(style);
+    }
+    let bench = Bench { environment, seeds: *seeds, idle_seeds: *idle_seeds, twice: *twice };
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of 1000")]
+    let measured = bench.run(&mut |share| bar.set_position((share * 1000.0) as u64));
+    bar.finish_and_clear();
+    let measured = measured.map_err(Problem::failed)?;
+    if let Some(path) = json {
+        write_json(path, &measured)?;
+    }
+    print(&text(&measured))?;
+    Ok(if measured.differing_fingerprints == 0 { 0 } else { FAILED })
+}
+
+fn text(measured: &Measured) -> String {
+    let Measured { seeds, operations, timers_per_seed, events_per_seed, .. } = measured;
+    let mut text = format!("{seeds} seeds of {operations} mixed operations on one core\n");
+    let mut line = |what: &str, value: String| {
+        let _ = writeln!(text, "  {what:32} {value}");
+    };
+    line("seeds per second", format!("{:.0}", measured.seeds_per_second_per_core));
+    line(
+        "of the rate of bare madsim",
+        match (measured.ratio_to_bare_madsim, measured.ratio_missing_because) {
+            (Some(ratio), _) => format!("{ratio:.2}"),
+            (None, reason) => format!("not measured: {}", reason.unwrap_or_default()),
+        },
+    );
+    line("virtual over real time, idle", format!("{:.0}", measured.simulated_time_ratio));
+    line("timers per seed", format!("{timers_per_seed:.1}"));
+    line("events per seed", format!("{events_per_seed:.1}"));
+    let memory =
+        |kib: Option<u64>| kib.map_or_else(|| "unknown".to_owned(), |kib| format!("{kib} KiB"));
+    let (before, after) =
+        (memory(measured.resident_kib_before), memory(measured.resident_kib_after));
+    line("resident memory", format!("{before} before, {after} after"));
+    if measured.seeds_run_twice > 0 {
+        let Measured { seeds_run_twice, differing_fingerprints, .. } = measured;
+        line(
+            "run twice",
+            format!("{seeds_run_twice} seeds: {differing_fingerprints} differing fingerprints"),
+        );
+    }
+    text
+}

@@ -1,0 +1,168 @@
+//! The `vmdst` command: runs the contract, replays failures, lists clauses and measures.
+#![forbid(unsafe_code)]
+
+use clap::{Parser, Subcommand, ValueEnum};
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+    sync::Arc,
+};
+use vm_dst::{
+    contract_doc,
+    environment::Environment,
+    seeds::{BadSeeds, number},
+    target::{ProcessTarget, SimTarget, Target},
+};
+
+mod bench;
+mod doctor;
+mod interrupt;
+mod replay;
+mod run;
+
+/// Something failed.
+const FAILED: u8 = 1;
+/// The command was used in a way that makes no sense.
+const BAD_USAGE: u8 = 2;
+/// Ended by Ctrl-C.
+const INTERRUPTED: u8 = 130;
+
+/// Holds virtual machine backends to the behavioural contract of twinvm.
+#[derive(Debug, Parser)]
+#[command(name = "vmdst", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Runs clauses under many seeds
+    Run(run::Arguments),
+    /// Runs one clause with one seed and prints everything that happens
+    Replay(replay::Arguments),
+    /// Lists the clauses
+    Clauses {
+        /// As the Markdown of docs/contract.md
+        #[arg(long)]
+        markdown: bool,
+    },
+    /// Says what can run here, and why not where it cannot
+    Doctor,
+    /// Measures the simulator
+    Bench(bench::Arguments),
+}
+
+/// Which backend, and in which environment.
+#[derive(Clone, Debug, clap::Args)]
+struct Chosen {
+    /// The backend to hold to the contract
+    #[arg(long, value_enum, default_value_t = Backend::Sim)]
+    backend: Backend,
+    /// Where simulated runs take place: madsim, tokio or turmoil. Default DST_ENV, else the one that explores most
+    #[arg(long, value_name = "ENV")]
+    env: Option<Environment>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Backend {
+    /// The simulated backend
+    Sim,
+    /// The real guest agent as a process of this host
+    Process,
+}
+
+impl Chosen {
+    fn target(&self) -> Result<Arc<dyn Target>, Problem> {
+        match self.backend {
+            Backend::Sim => Ok(Arc::new(SimTarget::new(self.environment()?))),
+            Backend::Process if self.env.is_some() => Err(Problem::usage(
+                "--env is for the simulated backend; processes run in real time",
+            )),
+            Backend::Process => Ok(Arc::new(ProcessTarget::new())),
+        }
+    }
+
+    fn environment(&self) -> Result<Environment, Problem> {
+        let chosen = match self.env {
+            Some(environment) => environment
+                .available()
+                .map_err(|why| format!("--env {environment}: {why}"))
+                .map(|()| environment),
+            None => Environment::from_env(),
+        };
+        chosen.map_err(Problem::usage)
+    }
+}
+
+/// What ends the command early: a text for people and an exit code.
+#[derive(Debug)]
+struct Problem {
+    text: String,
+    code: u8,
+}
+
+impl Problem {
+    fn usage(text: impl Into<String>) -> Self {
+        Self { text: text.into(), code: BAD_USAGE }
+    }
+
+    fn failed(text: impl Into<String>) -> Self {
+        Self { text: text.into(), code: FAILED }
+    }
+}
+
+impl From<BadSeeds> for Problem {
+    fn from(error: BadSeeds) -> Self {
+        Self::usage(error.to_string())
+    }
+}
+
+impl From<io::Error> for Problem {
+    fn from(error: io::Error) -> Self {
+        Self::failed(format!("cannot write: {error}"))
+    }
+}
+
+fn main() -> ExitCode {
+    vm_backend_process::run_agent_if_asked();
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Command::Run(arguments) => run::run(&arguments),
+        Command::Replay(arguments) => replay::run(&arguments),
+        Command::Clauses { markdown } => {
+            let text = if markdown { contract_doc::markdown() } else { contract_doc::plain() };
+            print(&text).map(|()| 0)
+        }
+        Command::Doctor => doctor::run(),
+        Command::Bench(arguments) => bench::run(&arguments),
+    };
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(Problem { text, code }) => {
+            let _ = writeln!(io::stderr(), "error: {text}");
+            ExitCode::from(code)
+        }
+    }
+}
+
+/// Prints to standard output. A reader that has gone away is no failure.
+fn print(text: &str) -> Result<(), Problem> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        result => Ok(result?),
+    }
+}
+
+fn write_json(path: &std::path::Path, value: &impl serde::Serialize) -> Result<(), Problem> {
+    let fail =
+        |error: &dyn std::fmt::Display| Problem::failed(format!("{}: {error}", path.display()));
+    let mut text = serde_json::to_string_pretty(value).map_err(|error| fail(&error))?;
+    text.push('\n');
+    std::fs::write(path, text).map_err(|error| fail(&error))
+}
+
+fn any_number(text: &str) -> Result<u64, String> {
+    number("not accepted", text).map_err(|error| error.to_string())
+}

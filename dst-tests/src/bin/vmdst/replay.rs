@@ -1,0 +1,69 @@
+//! `vmdst replay`.
+
+use crate::{Chosen, FAILED, Problem, any_number, print};
+use std::sync::mpsc;
+use vm_dst::{
+    plan::{self, Plan},
+    target::{Detail, RunReport},
+};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// The seed, in decimal or after 0x in hexadecimal digits
+    #[arg(long, value_name = "S", value_parser = any_number)]
+    seed: u64,
+    /// The clause's id
+    #[arg(long, value_name = "ID")]
+    clause: String,
+    #[command(flatten)]
+    chosen: Chosen,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<u8, Problem> {
+    let Arguments { seed, clause: id, chosen } = arguments;
+    let clause = plan::find(id)
+        .ok_or_else(|| Problem::usage(format!("there is no clause `{id}`; see `vmdst clauses`")))?;
+    let target = chosen.target()?;
+    let plan = Plan::out_of([clause], &*target, &[]);
+    if let Some(ignored) = plan.ignored.iter().find(|ignored| ignored.clause.id == clause.id) {
+        return Err(Problem::usage(format!(
+            "{id} is not run on {}: {}",
+            target.name(),
+            ignored.reason
+        )));
+    }
+    print(&format!(
+        "{id} with seed {seed:#x} on {}\nenvironment: {}\npromise: {}\n\n",
+        target.name(),
+        target.environment(),
+        clause.promise
+    ))?;
+    let (send, receive) = mpsc::channel();
+    let (runs_on, seed, patience) = (target.clone(), *seed, target.patience());
+    // A thread of its own, so that a run that never ends can be given up.
+    std::thread::spawn(move || send.send(runs_on.run(clause, seed, Detail::Timeline)));
+    let report = receive.recv_timeout(patience).map_err(|_| {
+        Problem::failed(format!("the run did not end within {patience:?} of real time: a livelock"))
+    })?;
+    print(&text(&report))?;
+    Ok(if report.broken.is_some() { FAILED } else { 0 })
+}
+
+fn text(report: &RunReport) -> String {
+    let mut lines = report.timeline.clone();
+    if !lines.is_empty() {
+        lines.push(String::new());
+    }
+    if !report.faults_fired.is_empty() {
+        let fired = report.faults_fired.iter().map(|(kind, times)| format!("{kind} {times}"));
+        lines.push(format!("faults fired: {}", fired.collect::<Vec<_>>().join(", ")));
+    }
+    if let Some(fingerprint) = report.fingerprint {
+        lines.push(format!("fingerprint: {fingerprint:032x}"));
+    }
+    lines.push(match &report.broken {
+        Some(broken) => format!("outcome: FAILED: {broken}"),
+        None => "outcome: kept".to_owned(),
+    });
+    lines.join("\n") + "\n"
+}

@@ -1,0 +1,142 @@
+//! `vmdst run`.
+
+use crate::{
+    BAD_USAGE, Chosen, FAILED, INTERRUPTED, Problem, any_number, interrupt, print, write_json,
+};
+use indicatif::{ProgressBar, ProgressStyle};
+use std::{
+    io::{IsTerminal, stdout},
+    path::PathBuf,
+};
+use vm_dst::{
+    filter::ClauseFilter,
+    plan::Plan,
+    report,
+    runner::{Progress, Session},
+    seeds::{SeedSource, Seeds},
+    summary::Summary,
+    target::Target,
+};
+
+/// How many seeds are run where nothing says how many.
+const DEFAULT_SEEDS: u64 = 100;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// How many seeds to run. Default DST_SEED or DST_SEEDS, else 100
+    #[arg(long, value_name = "N", value_parser = any_number)]
+    seeds: Option<u64>,
+    /// Runs exactly this seed
+    #[arg(long, value_name = "S", value_parser = any_number, conflicts_with_all = ["seeds", "first_seed"])]
+    seed: Option<u64>,
+    /// The first of the seeds
+    #[arg(long, value_name = "S", value_parser = any_number)]
+    first_seed: Option<u64>,
+    /// Runs only clauses whose id contains this, or matches it where it has a `*` or `?`
+    #[arg(long, value_name = "GLOB")]
+    clause: Vec<ClauseFilter>,
+    #[command(flatten)]
+    chosen: Chosen,
+    /// Writes what came of it to this file, as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// How many runs go on at a time. Default one a core
+    #[arg(long, value_name = "N", value_parser = any_number)]
+    jobs: Option<u64>,
+    /// Runs everything twice and compares the fingerprints
+    #[arg(long)]
+    twice: bool,
+}
+
+impl Arguments {
+    fn seeds(&self) -> Result<Seeds, Problem> {
+        if let Some(seed) = self.seed {
+            return Ok(Seeds::one(seed, SeedSource::Option));
+        }
+        if self.seeds.is_none()
+            && self.first_seed.is_none()
+            && let Some(seeds) = Seeds::from_env()?
+        {
+            return Ok(seeds);
+        }
+        let count = self.seeds.unwrap_or(DEFAULT_SEEDS);
+        Ok(Seeds::range(self.first_seed.unwrap_or(0), count, SeedSource::Option)?)
+    }
+
+    fn session(&self) -> Result<Session, Problem> {
+        let seeds = self.seeds()?;
+        let target = self.chosen.target()?;
+        let plan = Plan::of(&*target, &self.clause);
+        if plan.clauses.is_empty() && plan.ignored.is_empty() {
+            let filters: Vec<_> = self.clause.iter().map(ToString::to_string).collect();
+            let text =
+                format!("no clause is chosen by `{}`; see `vmdst clauses`", filters.join("`, `"));
+            return Err(Problem::usage(text));
+        }
+        if self.twice && !target.is_deterministic() {
+            let text = format!(
+                "--twice compares fingerprints, which the {} backend has none of",
+                target.name()
+            );
+            return Err(Problem { text, code: BAD_USAGE });
+        }
+        let mut session = Session::new(target, plan, seeds);
+        session.twice = self.twice;
+        if let Some(jobs) = self.jobs {
+            session.jobs = usize::try_from(jobs)
+                .ok()
+                .filter(|jobs| (1..=4096).contains(jobs))
+                .ok_or_else(|| {
+                    Problem::usage(format!(
+                        "--jobs {jobs}: from 1 to 4096 runs can go on at a time"
+                    ))
+                })?;
+        }
+        Ok(session)
+    }
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<u8, Problem> {
+    let mut session = arguments.session()?;
+    session.interrupt = interrupt::flag();
+    print(&format!(
+        "{}: environment: {}\nseeds: {}\n",
+        session.target.name(),
+        session.target.environment(),
+        session.seeds
+    ))?;
+    let bar = progress_bar(session.runs());
+    let summary = session.run(&mut |Progress { done, failed, .. }| {
+        bar.set_position(done);
+        if failed > 0 {
+            bar.set_message(format!("{failed} failed"));
+        }
+    });
+    bar.finish_and_clear();
+    // Written first: it must not be lost where standard output cannot be written.
+    if let Some(path) = &arguments.json {
+        write_json(path, &summary)?;
+    }
+    let width = if stdout().is_terminal() { None } else { Some(120) };
+    print(&format!("{}\n{}\n", report::text(&summary, width), summary.last_line()))?;
+    Ok(exit_code(&summary, &*session.target))
+}
+
+fn exit_code(summary: &Summary, target: &dyn Target) -> u8 {
+    let nothing_ran = summary.clauses == 0 || target.fit().is_err();
+    match () {
+        () if summary.interrupted => INTERRUPTED,
+        () if summary.failed > 0 || nothing_ran => FAILED,
+        () => 0,
+    }
+}
+
+fn progress_bar(runs: u64) -> ProgressBar {
+    const TEMPLATE: &str =
+        "{bar:40} {human_pos}/{human_len} runs, {per_sec}, {eta} left {msg:.red}";
+    let bar = ProgressBar::new(runs);
+    if let Ok(style) = ProgressStyle::with_template(TEMPLATE) {
+        bar.set_style(style);
+    }
+    bar
+}

@@ -1,0 +1,131 @@
+//! The simulated backend.
+
+use super::{Detail, RunReport, Target};
+use crate::{
+    clause::Clause,
+    context::Setup,
+    environment::Environment,
+    panics::PanicSink,
+    session::{Limits, judge, keep},
+};
+use std::{sync::Arc, time::Duration};
+use vm_core::fault::FaultKind;
+use vm_sim::{FaultPlan, SimBackend, Timeline, fault};
+use vm_trait::{Capabilities, VmBackend};
+
+/// The simulated backend in one of its environments.
+///
+/// Runs with odd seeds have background faults that no promise may be affected by; runs with even seeds have only
+/// those that a clause asks for.
+#[derive(Debug)]
+pub struct SimTarget {
+    environment: Environment,
+    capabilities: Result<Capabilities, String>,
+}
+
+impl SimTarget {
+    /// Simulates in `environment`.
+    #[must_use]
+    pub fn new(environment: Environment) -> Self {
+        let capabilities = environment.run(0, || async {
+            let built = SimBackend::builder().build();
+            built.map(|backend| backend.capabilities()).map_err(|error| error.to_string())
+        });
+        Self { environment, capabilities: capabilities.and_then(|built| built) }
+    }
+}
+
+impl Target for SimTarget {
+    fn name(&self) -> &str {
+        "sim"
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.capabilities.clone().unwrap_or_default()
+    }
+
+    fn can_fault(&self, kind: FaultKind) -> bool {
+        fault::can(kind)
+    }
+
+    fn environment(&self) -> &str {
+        self.environment.describe()
+    }
+
+    fn fit(&self) -> Result<(), String> {
+        self.capabilities.clone().map(drop)
+    }
+
+    fn is_deterministic(&self) -> bool {
+        true
+    }
+
+    fn test_seeds(&self) -> u64 {
+        24
+    }
+
+    fn patience(&self) -> Duration {
+        Duration::from_secs(120)
+    }
+
+    fn replay_line(&self, clause: &Clause, seed: u64) -> String {
+        let id = clause.id;
+        let line =
+            format!("cargo run --release -p vm-dst -- replay --seed {seed:#x} --clause {id}");
+        if self.environment == Environment::best() {
+            return line;
+        }
+        format!("{line} --env {}", self.environment)
+    }
+
+    fn run(&self, clause: &'static Clause, seed: u64, detail: Detail) -> RunReport {
+        let sink = PanicSink::default();
+        let guard = sink.join();
+        let run = self.environment.run(seed, move || simulate(clause, seed, detail));
+        drop(guard);
+        let (verdict, mut report) = match run.and_then(|built| built) {
+            Ok((broken, report)) => (Ok(broken), report),
+            Err(text) => (Err(text), RunReport::default()),
+        };
+        report.broken = judge(verdict, &sink);
+        report
+    }
+}
+
+async fn simulate(
+    clause: &'static Clause,
+    seed: u64,
+    detail: Detail,
+) -> Result<(Option<String>, RunReport), String> {
+    let faults = match seed % 2 {
+        0 => FaultPlan::none(),
+        _ if clause.undisturbed => FaultPlan::none(),
+        _ => FaultPlan::benign_swarm(seed),
+    };
+    let timeline = match detail {
+        Detail::Fingerprint => Timeline::Off,
+        Detail::Timeline => Timeline::Events,
+    };
+    let backend = SimBackend::builder()
+        .seed(seed)
+        .faults(faults)
+        .timeline(timeline)
+        .build()
+        .map_err(|error| error.to_string())?;
+    let host = backend.clone();
+    let setup = Setup {
+        env: backend.env(),
+        faults: Some(backend.fault_control()),
+        scratch: Arc::new(|_| "/tmp".to_owned()),
+        leftovers: Arc::new(move || host.ledger().leftovers()),
+        backend: Arc::new(backend.clone()),
+    };
+    let broken = keep(setup, clause, seed, Limits::SIMULATED).await;
+    let report = RunReport {
+        broken: None,
+        faults_fired: backend.fault_control().fired(),
+        fingerprint: Some(backend.fingerprint()),
+        timeline: backend.timeline().iter().map(ToString::to_string).collect(),
+    };
+    Ok((broken, report))
+}
