@@ -30,6 +30,7 @@ pub mod program;
 mod pty;
 mod rope;
 mod sched;
+mod shell;
 mod signals;
 pub mod syscalls;
 mod tree;
@@ -42,3 +43,6 @@ pub use kernel::{OsConfig, OsEvent, RunReport, SetupError, SimOs};
 pub use image::LoadError;
 pub use program::{GuestProgram, ProgramRegistry, Step, WaitFor};
 pub use syscalls::{ChildFds, ChildSpec, FdStat, OpenFlags, Syscalls};
+
+#[cfg(test)]
+mod tests;

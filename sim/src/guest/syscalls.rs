@@ -23,6 +23,16 @@ const MAX_ARGUMENTS: usize = 2 << 20;
 /// How many interpreters a script may go through.
 const MAX_SCRIPTS: u32 = 4;
 
+/// How a file is opened to be read.
+pub(super) const READ: OpenFlags = OpenFlags {
+    read: true,
+    write: false,
+    append: false,
+    create: false,
+    exclusive: false,
+    truncate: false,
+};
+
 /// Carries a process's system calls. All of them return at once; one that would wait fails with `AGAIN`, and the
 /// program answers with [`Step::Block`](super::Step::Block).
 #[derive(Debug)]
@@ -147,10 +157,6 @@ impl<'a> Syscalls<'a> {
 
     fn process(&self) -> Option<&Process> {
         self.os.kernel.processes.get(&self.pid)
-    }
-
-    pub(super) fn kernel(&mut self) -> &mut Kernel {
-        &mut self.os.kernel
     }
 
     fn fault(&mut self, call: &SysCall<'_>) -> SysResult<()> {
@@ -646,6 +652,19 @@ impl<'a> Syscalls<'a> {
         self.start(child, spec.new_group)
     }
 
+    /// Gives the system calls of a child that was just forked, to set it up.
+    pub(super) fn for_child(&mut self, pid: u32) -> Syscalls<'_> {
+        Syscalls::new(self.os, pid)
+    }
+
+    /// Opens a file without a name that holds this text.
+    pub(super) fn memory_file(&mut self, text: String) -> SysResult<u32> {
+        let kernel = &mut self.os.kernel;
+        let content = text.into();
+        let file = kernel.add_file(Opened::Proc { node: u32::MAX, content }, READ);
+        kernel.install(self.pid, file, 0)
+    }
+
     /// Starts a child that runs this state of a program, with all of the caller's descriptors, as fork(2) does.
     ///
     /// # Errors
@@ -654,7 +673,6 @@ impl<'a> Syscalls<'a> {
         let parent = self.process().ok_or(Errno::SRCH)?;
         let mut child = parent.child(self.pid, program);
         child.fds.clone_from(&parent.fds);
-        child.caught = parent.caught;
         self.start(child, false)
     }
 
@@ -734,6 +752,17 @@ impl<'a> Syscalls<'a> {
     /// The kernel's.
     pub fn stat(&self, path: &str, follow: bool) -> SysResult<StatEntry> {
         self.os.kernel.vfs.stat(&self.os.kernel.caller(self.pid), path, follow)
+    }
+
+    /// Gives a whole file's content without opening it.
+    pub(super) fn peek_file(&self, path: &str) -> SysResult<Bytes> {
+        let who = self.os.kernel.caller(self.pid);
+        let ino = self.os.kernel.vfs.find(&who, path, true)?;
+        self.os.kernel.vfs.access(&who, ino, 4)?;
+        match &self.os.kernel.vfs.inode(ino)?.body {
+            super::tree::Body::File(rope) => Ok(rope.to_bytes()),
+            _ => Err(Errno::INVAL),
+        }
     }
 
     /// Checks that a file may be read (4), written (2) or executed (1).

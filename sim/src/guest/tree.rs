@@ -200,11 +200,6 @@ impl Tree {
     pub(super) fn used(&self) -> u64 {
         self.used
     }
-
-    /// Gives the inodes of a tree without a base.
-    pub(super) fn own_nodes(&self) -> impl Iterator<Item = (u32, &Arc<Inode>)> {
-        self.nodes.iter().filter_map(|(node, inode)| Some((*node, inode.as_ref()?)))
-    }
 }
 
 /// The file system that every guest begins with.
