@@ -95,7 +95,8 @@ impl Trace {
         text: impl FnOnce() -> String,
     ) {
         const NUMBERS: usize = 4;
-        let mut head = [0_u8; 8 * (NUMBERS + 2) + 2];
+        const SHORT: usize = 78;
+        let mut head = [0_u8; 8 * (NUMBERS + 2) + 2 + SHORT];
         let nanos = u64::try_from(at.as_nanos()).unwrap_or(u64::MAX);
         head[..8].copy_from_slice(&nanos.to_le_bytes());
         head[8..16].copy_from_slice(&vm.map_or(0, |vm| vm.0).to_le_bytes());
@@ -106,10 +107,15 @@ impl Trace {
             head[end..end + 8].copy_from_slice(&number.to_le_bytes());
             end += 8;
         }
+        // Short ones go along; each call of the hasher costs.
+        let (short, long): (&[u8], &[u8]) =
+            if bytes.len() <= SHORT { (bytes, &[]) } else { (&[], bytes) };
+        head[end..end + short.len()].copy_from_slice(short);
+        end += short.len();
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.hasher.write(&head[..end]);
-        if !bytes.is_empty() {
-            state.hasher.write(bytes);
+        if !long.is_empty() {
+            state.hasher.write(long);
         }
         state.events += 1;
         let wanted = match self.timeline {

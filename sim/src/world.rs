@@ -46,6 +46,8 @@ pub(crate) struct World {
     host: Mutex<HostState>,
     machines: Mutex<BTreeMap<u64, Weak<Shared>>>,
     next_machine: AtomicU64,
+    /// In nanoseconds; `u64::MAX` for never.
+    dies_at: AtomicU64,
 }
 
 impl World {
@@ -71,6 +73,7 @@ impl World {
             host: Mutex::new(HostState::new(Path::new(SNAPSHOTS))),
             machines: Mutex::default(),
             next_machine: AtomicU64::new(0),
+            dies_at: AtomicU64::new(u64::MAX),
         }
     }
 
@@ -101,8 +104,10 @@ impl World {
 
     /// Says whether a fault happens at this occasion.
     pub(crate) fn strike(&self, kind: FaultKind, vms: Vms<'_>) -> Option<Fired> {
-        let now = self.now();
-        let fired = self.faults.occasion(kind, vms, now)?;
+        if !self.faults.may(kind) {
+            return None;
+        }
+        let fired = self.faults.occasion(kind, vms, self.now())?;
         let vm = match vms {
             Vms::One(vm) => Some(vm),
             Vms::Any(_) => None,
@@ -147,14 +152,26 @@ impl World {
         for machine in self.living() {
             machine.end(vm_core::machine::MachineExit::Crashed(CrashReason::HostLost));
         }
+        self.dies_at.store(u64::MAX, Ordering::Relaxed);
         let mut draw = |bound| self.streams.below(Purpose::HostDisk, bound);
         self.host().crash(&mut draw);
     }
 
-    /// Loses the host where it was to die by now of a sync that its disk lost. No lock may be held.
+    /// Gives when the host is to die of a sync that its disk lost.
+    pub(crate) fn dies_at(&self) -> Option<Duration> {
+        let nanos = self.dies_at.load(Ordering::Relaxed);
+        (nanos != u64::MAX).then(|| Duration::from_nanos(nanos))
+    }
+
+    /// Has the host die, at the latest then.
+    pub(crate) fn die_at(&self, time: Duration) {
+        self.dies_at.fetch_min(nanos(time), Ordering::Relaxed);
+        self.wake_machines();
+    }
+
+    /// Loses the host where it was to die by now. No lock may be held.
     pub(crate) fn die_if_due(&self) {
-        let due = self.host().dies_at;
-        if due.is_some_and(|due| due <= self.now()) {
+        if self.dies_at().is_some_and(|due| due <= self.now()) {
             self.lose_host();
         }
     }

@@ -1,7 +1,7 @@
 //! The engine: asked at every occasion, it decides whether a fault happens there.
 
 use super::{FaultPlan, FaultRule, FaultTrigger, can, is_spontaneous, plan::check_amount};
-use crate::rng::{Streams, kind_index, spread};
+use crate::rng::{Streams, spread};
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{
@@ -72,9 +72,14 @@ impl Engine {
         Self { streams, active, state: Mutex::new(state) }
     }
 
+    /// Says whether a fault of this kind could happen at all.
+    pub(crate) fn may(&self, kind: FaultKind) -> bool {
+        self.active.load(Ordering::Relaxed) & bit(kind) != 0
+    }
+
     /// Says whether a fault of this kind happens at this occasion, and takes note of both.
     pub(crate) fn occasion(&self, kind: FaultKind, vms: Vms<'_>, now: Duration) -> Option<Fired> {
-        if self.active.load(Ordering::Relaxed) & bit(kind) == 0 {
+        if !self.may(kind) {
             return None;
         }
         let mut state = self.lock();
@@ -264,7 +269,7 @@ impl Fired {
 }
 
 fn bit(kind: FaultKind) -> u64 {
-    1 << kind_index(kind)
+    1 << kind as u32
 }
 
 const SPONTANEOUS_BITS: u64 = {
@@ -360,6 +365,7 @@ mod tests {
     #[test]
     fn the_bits_are_those_of_the_spontaneous_kinds() {
         for kind in FaultKind::ALL {
+            assert_eq!(bit(*kind), 1 << crate::rng::kind_index(*kind), "{kind}");
             assert_eq!(SPONTANEOUS_BITS & bit(*kind) != 0, is_spontaneous(*kind), "{kind}");
         }
     }

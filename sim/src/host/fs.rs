@@ -151,14 +151,16 @@ impl HostFile for Open {
     async fn write_all(&mut self, bytes: Bytes) -> io::Result<()> {
         self.world.enter().await;
         self.world.die_if_due();
-        let saving = self.world.host().saving.clone();
-        if !saving.is_empty() {
+        let may = |kind| self.world.faults.may(kind);
+        if may(FaultKind::HostDiskFull) || may(FaultKind::TornWrite) {
+            let saving = self.world.host().saving.clone();
             let vms = Vms::Any(&saving);
-            if self.world.strike(FaultKind::HostDiskFull, vms).is_some() {
+            let saved = !saving.is_empty();
+            if saved && self.world.strike(FaultKind::HostDiskFull, vms).is_some() {
                 self.append(self.part(&bytes))?;
                 return Err(io::ErrorKind::StorageFull.into());
             }
-            if self.world.strike(FaultKind::TornWrite, vms).is_some() {
+            if saved && self.world.strike(FaultKind::TornWrite, vms).is_some() {
                 self.append(self.part(&bytes))?;
                 self.world.lose_host();
                 return Err(io::Error::other("the host was lost"));
@@ -175,12 +177,8 @@ impl HostFile for Open {
             && let Some(fired) = self.world.strike(FaultKind::LostSync, Vms::Any(&saving))
         {
             let later = fired.amount(Duration::from_millis(1), Duration::from_secs(2));
-            let dies_at = self.world.now() + later;
-            self.on_disk(|host| {
-                host.dies_at = Some(host.dies_at.map_or(dies_at, |known| known.min(dies_at)));
-                host.disk.lose_sync(self.inode)
-            })?;
-            self.world.wake_machines();
+            self.on_disk(|host| host.disk.lose_sync(self.inode))?;
+            self.world.die_at(self.world.now() + later);
             return Ok(());
         }
         self.on_disk(|host| host.disk.sync(self.inode))

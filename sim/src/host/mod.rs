@@ -13,7 +13,6 @@ use std::{
     fmt, io,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
 };
 use vm_core::machine::MachineError;
 use vm_trait::{DiskConfig, Mib, VmId};
@@ -139,8 +138,6 @@ pub(crate) struct HostState {
     memory: u64,
     /// Counts the host's losses; what was opened before one is gone.
     losses: u64,
-    /// When the host dies of a sync that its disk lost.
-    pub(crate) dies_at: Option<Duration>,
     /// VMs that are being saved, and restored.
     pub(crate) saving: BTreeSet<VmId>,
     pub(crate) restoring: BTreeSet<VmId>,
@@ -220,7 +217,6 @@ impl HostState {
 
     pub(crate) fn crash(&mut self, draw: &mut dyn FnMut(u64) -> u64) {
         self.losses += 1;
-        self.dies_at = None;
         self.disk.crash(draw);
     }
 

@@ -55,11 +55,14 @@ struct Header {
 
 /// Makes simulated machines.
 #[derive(Clone, Debug)]
-pub struct SimHypervisor(Arc<World>);
+pub struct SimHypervisor {
+    world: Arc<World>,
+    capabilities: Capabilities,
+}
 
 impl SimHypervisor {
     pub(crate) fn new(world: Arc<World>) -> Self {
-        Self(world)
+        Self { world, capabilities: Capabilities::all() }
     }
 }
 
@@ -74,22 +77,22 @@ impl Hypervisor for SimHypervisor {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities::all()
+        self.capabilities.clone()
     }
 
     fn limits(&self) -> HostLimits {
         HostLimits {
-            max_vcpus: self.0.limits.vcpus_per_machine,
-            max_memory: self.0.limits.memory_per_machine,
+            max_vcpus: self.world.limits.vcpus_per_machine,
+            max_memory: self.world.limits.memory_per_machine,
         }
     }
 
     async fn create(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>, MachineError> {
-        self.0.enter().await;
-        if self.0.strike(FaultKind::CreateExhausted, Vms::One(spec.vm)).is_some() {
+        self.world.enter().await;
+        if self.world.strike(FaultKind::CreateExhausted, Vms::One(spec.vm)).is_some() {
             return Err(MachineError::Exhausted("memory".to_owned()));
         }
-        Ok(Arc::new(SimMachine(Shared::create(&self.0, spec.clone())?)))
+        Ok(Arc::new(SimMachine(Shared::create(&self.world, spec.clone())?)))
     }
 }
 

@@ -301,7 +301,7 @@ impl Shared {
             }
             next = earliest(next, pipe.stall_end(now));
         }
-        earliest(next, self.world.host().dies_at)
+        earliest(next, self.world.dies_at())
     }
 
     /// Lets faults befall the running machine.
