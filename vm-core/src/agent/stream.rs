@@ -203,8 +203,10 @@ impl Incoming {
             return None;
         }
         self.granted = limit;
-        let window = u32::try_from(limit - self.received).unwrap_or(u32::MAX);
-        Some(Frame::Credit { channel, consumed: self.received, window })
+        // What is held here and was not given on is lost with this handle; the agent must keep it for the next one.
+        let consumed = self.position();
+        let window = u32::try_from(limit - consumed).unwrap_or(u32::MAX);
+        Some(Frame::Credit { channel, consumed, window })
     }
 }
 
