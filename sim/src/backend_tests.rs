@@ -110,7 +110,8 @@ fn the_timeline_tells_what_happened() {
         let sim = sim(3, FaultPlan::none());
         life(&sim).await;
         let text = print(&sim);
-        for word in ["start #", "created -> starting", "running -> paused", "Ping", "machine ended"] {
+        for word in ["start #", "created -> starting", "running -> paused", "Ping", "machine ended"]
+        {
             assert!(text.contains(word), "no {word} in\n{text}");
         }
         let quiet = SimBackend::builder().seed(3).build().unwrap();

@@ -24,6 +24,8 @@ pub mod backend;
 mod backend_tests;
 pub mod env;
 pub mod fault;
+#[cfg(test)]
+mod fault_tests;
 pub mod guest;
 pub mod host;
 pub mod ledger;

@@ -25,7 +25,6 @@ pub(crate) enum Purpose {
     Yield,
     Link,
     HostDisk,
-    FaultTarget,
 }
 
 const FIRST_FAULT: usize = 32;

@@ -99,8 +99,7 @@ pub async fn bare_madsim(timers: u64) {
             madsim::time::sleep(Duration::from_millis(1)).await;
         }
     };
-    let tasks: Vec<_> =
-        (1..TASKS).map(|_| madsim::task::spawn(wait(timers / TASKS))).collect();
+    let tasks: Vec<_> = (1..TASKS).map(|_| madsim::task::spawn(wait(timers / TASKS))).collect();
     wait(timers - timers / TASKS * (TASKS - 1)).await;
     for task in tasks {
         let _ = task.await;
@@ -200,7 +199,9 @@ impl Run<'_> {
         let children = self.vm.fork(ForkOptions::new(2)).await?;
         for child in children {
             let child = child?;
-            child.write_file("/tmp/own", Bytes::from_static(b"child"), WriteOptions::default()).await?;
+            child
+                .write_file("/tmp/own", Bytes::from_static(b"child"), WriteOptions::default())
+                .await?;
             let seen = self.vm.stat("/tmp/own").await.is_ok();
             check(!seen, || "a child's write is seen in its source".to_owned())?;
             child.kill().await?;

@@ -120,8 +120,10 @@ impl Trace {
         state.events += 1;
         let wanted = match self.timeline {
             Timeline::Off => false,
-            Timeline::Events => !matches!(tag, Tag::Frame | Tag::ToGuest | Tag::ToHost),
-            Timeline::Frames => !matches!(tag, Tag::ToGuest | Tag::ToHost),
+            Timeline::Events => {
+                !matches!(tag, Tag::Frame | Tag::ToGuest | Tag::ToHost | Tag::Clock)
+            }
+            Timeline::Frames => !matches!(tag, Tag::ToGuest | Tag::ToHost | Tag::Clock),
         };
         if wanted {
             state.lines.push(TimelineLine { at, vm, text: text() });

@@ -237,7 +237,9 @@ impl Observer for Watcher {
         match occurrence {
             Occurrence::Begun { operation, .. } => world.track(vm, *operation, true),
             Occurrence::Ended { operation, .. } => world.track(vm, *operation, false),
-            Occurrence::Frame { sent: true, frame: Frame::Open(Request::Shutdown { .. }), .. } => {
+            Occurrence::Frame {
+                sent: true, frame: Frame::Open(Request::Shutdown { .. }), ..
+            } => {
                 world.shutdown_sent(vm);
             }
             _ => {}

@@ -66,7 +66,8 @@ struct OrderState {
 
 impl Engine {
     pub(crate) fn new(plan: FaultPlan, streams: Arc<Streams>) -> Self {
-        let rules: Vec<_> = plan.rules.into_iter().map(|rule| RuleState { rule, fired: 0 }).collect();
+        let rules: Vec<_> =
+            plan.rules.into_iter().map(|rule| RuleState { rule, fired: 0 }).collect();
         let state = State { rules, ..State::default() };
         let active = AtomicU64::new(state.active());
         Self { streams, active, state: Mutex::new(state) }
@@ -122,7 +123,8 @@ impl Engine {
         let state = self.lock();
         let orders = state.orders.iter().filter(|order| is_spontaneous(order.order.kind));
         let orders = orders.filter(|order| order.order.vm.is_none_or(|wanted| wanted == vm));
-        let rules = state.rules.iter().filter(|rule| rule.is_alive() && is_spontaneous(rule.rule.kind));
+        let rules =
+            state.rules.iter().filter(|rule| rule.is_alive() && is_spontaneous(rule.rule.kind));
         let times = rules.filter_map(|rule| match rule.rule.when {
             FaultTrigger::At(at) => Some(at),
             _ => None,
@@ -131,9 +133,8 @@ impl Engine {
     }
 
     pub(crate) fn order(&self, order: FaultOrder, now: Duration) -> Result<(), FaultRefused> {
-        let refuse = |reason: &str| {
-            Err(FaultRefused { kind: order.kind, reason: reason.to_owned() })
-        };
+        let refuse =
+            |reason: &str| Err(FaultRefused { kind: order.kind, reason: reason.to_owned() });
         if !can(order.kind) {
             return refuse("the simulator has no such fault");
         }
@@ -373,7 +374,8 @@ mod tests {
     #[test]
     fn probabilities_are_roughly_kept() {
         let engine = engine(FaultPlan::none().with_probability(FaultKind::BitRot, 0.25));
-        let fires = |_: &u32| engine.occasion(FaultKind::BitRot, Vms::One(VM), Duration::ZERO).is_some();
+        let fires =
+            |_: &u32| engine.occasion(FaultKind::BitRot, Vms::One(VM), Duration::ZERO).is_some();
         let count = (0..4000).filter(fires).count();
         assert!((800..1200).contains(&count), "{count}");
     }

@@ -109,7 +109,7 @@ impl FaultPlan {
         for kind in kinds {
             // A stream for each kind: a new kind leaves the rules of the others as they are.
             let mut rng = stream(seed, 1 << 32 | salt << 16 | kind_index(kind) as u64);
-            let on = rng.next_u32() % 3 == 0;
+            let on = rng.next_u32().is_multiple_of(3);
             let strength = f64::from(rng.next_u32()) / f64::from(u32::MAX);
             if !on {
                 continue;
@@ -117,7 +117,12 @@ impl FaultPlan {
             let amount = (salt == 1).then(|| benign_amount(kind, rng.next_u64())).flatten();
             let probability = 0.0005 * 400_f64.powf(strength);
             let limit = None;
-            rules.push(FaultRule { kind, when: FaultTrigger::Probability(probability), amount, limit });
+            rules.push(FaultRule {
+                kind,
+                when: FaultTrigger::Probability(probability),
+                amount,
+                limit,
+            });
         }
         Self { rules }
     }
@@ -128,8 +133,7 @@ impl FaultPlan {
     /// [`PlanError`] for the first that cannot.
     pub fn validate(&self) -> Result<(), PlanError> {
         for (index, rule) in self.rules.iter().enumerate() {
-            rule.validate()
-                .map_err(|reason| PlanError { rule: index, kind: rule.kind, reason })?;
+            rule.validate().map_err(|reason| PlanError { rule: index, kind: rule.kind, reason })?;
         }
         Ok(())
     }
@@ -168,11 +172,15 @@ impl FaultRule {
             FaultTrigger::Probability(p) if !(*p > 0.0 && *p <= 1.0) => {
                 Err(format!("its probability is {p}, above 0 and at most 1 is needed"))
             }
-            FaultTrigger::Occasions(list) if list.is_empty() => Err("it names no occasion".to_owned()),
+            FaultTrigger::Occasions(list) if list.is_empty() => {
+                Err("it names no occasion".to_owned())
+            }
             FaultTrigger::Occasions(list) if list.contains(&0) => {
                 Err("occasions are counted from 1".to_owned())
             }
-            FaultTrigger::Probability(_) | FaultTrigger::Occasions(_) | FaultTrigger::At(_) => Ok(()),
+            FaultTrigger::Probability(_) | FaultTrigger::Occasions(_) | FaultTrigger::At(_) => {
+                Ok(())
+            }
         }
     }
 }

@@ -86,7 +86,7 @@ impl Disk {
     }
 
     /// Appends; where the disk fills up, what fits is written.
-    pub(super) fn append(&mut self, number: u64, bytes: Bytes, capacity: u64) -> io::Result<()> {
+    pub(super) fn append(&mut self, number: u64, bytes: &Bytes, capacity: u64) -> io::Result<()> {
         let free = capacity.saturating_sub(self.used());
         let fits = usize::try_from(free).unwrap_or(usize::MAX).min(bytes.len());
         let full = fits < bytes.len();
@@ -153,9 +153,8 @@ impl Disk {
         let mut keep = Vec::new();
         let mut commit = Vec::new();
         for change in std::mem::take(&mut self.journal).into_iter().rev() {
-            let touches = change.paths().any(|path| {
-                path.parent() == Some(dir) || paths.contains(path)
-            });
+            let touches =
+                change.paths().any(|path| path.parent() == Some(dir) || paths.contains(path));
             if touches {
                 paths.extend(change.paths().map(Path::to_path_buf));
                 commit.push(change);
@@ -208,7 +207,8 @@ impl Disk {
     /// Counts the bytes that files take.
     pub(super) fn used(&self) -> u64 {
         let named: BTreeSet<_> = self.names.values().collect();
-        let taken = self.inodes.iter().filter(|(number, inode)| inode.open > 0 || named.contains(number));
+        let taken =
+            self.inodes.iter().filter(|(number, inode)| inode.open > 0 || named.contains(number));
         taken.map(|(_, inode)| inode.content.len()).sum()
     }
 
@@ -449,14 +449,20 @@ mod tests {
         synced: usize,
     }
 
-    fn check_after_crash(disk: &mut Disk, model: &BTreeMap<u8, (u64, Written)>, settled: &BTreeMap<u8, u64>, files: &BTreeMap<u64, Written>) -> Result<(), TestCaseError> {
+    fn check_after_crash(
+        disk: &mut Disk,
+        model: &BTreeMap<u8, (u64, Written)>,
+        settled: &BTreeMap<u8, u64>,
+        files: &BTreeMap<u64, Written>,
+    ) -> Result<(), TestCaseError> {
         // A name that was durable and not changed since is there, and is what it was.
         for (name, inode) in settled {
             prop_assert_eq!(disk.find(&path(*name)).ok(), Some(*inode), "name {}", name);
         }
         for name in 0..4 {
             let Ok(inode) = disk.find(&path(name)) else { continue };
-            let written = model.values().find(|(known, _)| *known == inode).map(|(_, written)| written);
+            let written =
+                model.values().find(|(known, _)| *known == inode).map(|(_, written)| written);
             let written = written.or_else(|| files.get(&inode)).expect("a file that was made");
             let length = disk.len(inode).unwrap();
             prop_assert!(length >= written.synced as u64 && length <= written.bytes.len() as u64);
@@ -489,7 +495,7 @@ mod tests {
                         Err(_) => prop_assert!(names.contains_key(&file)),
                     },
                     Op::Append(file, bytes) => if let Some(inode) = names.get(&file) {
-                        disk.append(*inode, bytes.clone().into(), u64::MAX).unwrap();
+                        disk.append(*inode, &bytes.clone().into(), u64::MAX).unwrap();
                         files.get_mut(inode).unwrap().bytes.extend(bytes);
                     },
                     Op::Sync(file) => if let Some(inode) = names.get(&file) {
@@ -558,7 +564,7 @@ mod tests {
     fn a_full_disk_takes_what_fits() {
         let mut disk = Disk::default();
         let file = disk.create(Path::new("/f")).unwrap();
-        let full = disk.append(file, Bytes::from_static(b"abcdef"), 4).unwrap_err();
+        let full = disk.append(file, &Bytes::from_static(b"abcdef"), 4).unwrap_err();
         assert_eq!((full.kind(), disk.used()), (io::ErrorKind::StorageFull, 4));
         disk.remove(Path::new("/f")).unwrap();
         disk.close(file);
@@ -571,11 +577,12 @@ mod tests {
             let mut disk = Disk::default();
             let file = disk.create(Path::new("/f")).unwrap();
             disk.sync_dir(Path::new("/")).unwrap();
-            disk.append(file, Bytes::from_static(b"abcdef"), 10).unwrap();
+            disk.append(file, &Bytes::from_static(b"abcdef"), 10).unwrap();
             disk.lose_sync(file).unwrap();
             let mut rng = stream(seed, 0);
             disk.crash(&mut |bound| scale(rng.next_u64(), bound));
-            let left = disk.read(file, 0, usize::try_from(disk.len(file).unwrap()).unwrap()).unwrap();
+            let left =
+                disk.read(file, 0, usize::try_from(disk.len(file).unwrap()).unwrap()).unwrap();
             assert_ne!(&left[..], b"abcdef", "seed {seed}");
         }
     }

@@ -1,13 +1,7 @@
 //! The host's file system as the core sees it, with faults.
 
 use super::HostState;
-use crate::{
-    fault::Vms,
-    ledger::Held,
-    rng::Purpose,
-    trace::Tag,
-    world::World,
-};
+use crate::{fault::Vms, ledger::Held, rng::Purpose, trace::Tag, world::World};
 use async_trait::async_trait;
 use bytes::Bytes;
 use std::{
@@ -135,7 +129,7 @@ impl Open {
         act(&mut host)
     }
 
-    fn append(&self, bytes: Bytes) -> io::Result<()> {
+    fn append(&self, bytes: &Bytes) -> io::Result<()> {
         let capacity = self.world.limits.disk_bytes;
         self.on_disk(|host| host.disk.append(self.inode, bytes, capacity))
     }
@@ -157,16 +151,16 @@ impl HostFile for Open {
             let vms = Vms::Any(&saving);
             let saved = !saving.is_empty();
             if saved && self.world.strike(FaultKind::HostDiskFull, vms).is_some() {
-                self.append(self.part(&bytes))?;
+                self.append(&self.part(&bytes))?;
                 return Err(io::ErrorKind::StorageFull.into());
             }
             if saved && self.world.strike(FaultKind::TornWrite, vms).is_some() {
-                self.append(self.part(&bytes))?;
+                self.append(&self.part(&bytes))?;
                 self.world.lose_host();
                 return Err(io::Error::other("the host was lost"));
             }
         }
-        self.append(bytes)
+        self.append(&bytes)
     }
 
     async fn sync(&mut self) -> io::Result<()> {

@@ -161,7 +161,11 @@ impl HostState {
     }
 
     /// Finds room for a machine.
-    pub(crate) fn reserve(&mut self, limits: &SimHostLimits, memory: Mib) -> Result<(), MachineError> {
+    pub(crate) fn reserve(
+        &mut self,
+        limits: &SimHostLimits,
+        memory: Mib,
+    ) -> Result<(), MachineError> {
         if self.machines >= limits.machines {
             return Err(MachineError::Exhausted("machines".to_owned()));
         }
@@ -187,10 +191,10 @@ impl HostState {
         if config.read_only && !self.guest_disks.contains_key(&config.path) {
             return refuse("no such disk, and a read-only one is not made");
         }
-        let disk = self.guest_disks.entry(config.path.clone()).or_insert_with(|| GuestDisk {
-            size: config.size,
-            ..GuestDisk::default()
-        });
+        let disk = self
+            .guest_disks
+            .entry(config.path.clone())
+            .or_insert_with(|| GuestDisk { size: config.size, ..GuestDisk::default() });
         if disk.writers > 0 || (!config.read_only && disk.readers > 0) {
             return refuse("in use by another machine");
         }

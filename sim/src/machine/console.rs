@@ -6,11 +6,13 @@ use bytes::{Buf, Bytes, BytesMut};
 pub(super) struct Console {
     bytes: BytesMut,
     limit: usize,
+    /// How many of the last bytes were not taken note of yet.
+    fresh: usize,
 }
 
 impl Console {
     pub(super) fn new(limit: usize) -> Self {
-        Self { bytes: BytesMut::new(), limit }
+        Self { bytes: BytesMut::new(), limit, fresh: 0 }
     }
 
     pub(super) fn line(&mut self, line: &str) {
@@ -18,6 +20,13 @@ impl Console {
         self.bytes.extend_from_slice(b"\n");
         let over = self.bytes.len().saturating_sub(self.limit);
         self.bytes.advance(over);
+        self.fresh = (self.fresh + line.len() + 1).min(self.bytes.len());
+    }
+
+    /// Gives what was written since the last call.
+    pub(super) fn take_fresh(&mut self) -> &[u8] {
+        let fresh = std::mem::take(&mut self.fresh);
+        &self.bytes[self.bytes.len() - fresh..]
     }
 
     pub(super) fn to_bytes(&self) -> Bytes {

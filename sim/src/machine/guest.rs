@@ -1,6 +1,9 @@
 //! The guest: the real agent core on the simulated operating system, moved through its own time.
 
-use super::{console::Console, link::{Arrival, Pipe}};
+use super::{
+    console::Console,
+    link::{Arrival, Pipe},
+};
 use crate::{
     guest::{DiskImage, OsEvent, SimOs},
     rng::{Purpose, Streams},
@@ -130,7 +133,10 @@ impl Guest {
     }
 
     /// Brings a guest back, standing still and with none of its connections.
-    pub(super) fn load(bytes: &[u8], programs: std::sync::Arc<crate::guest::ProgramRegistry>) -> Result<Self, String> {
+    pub(super) fn load(
+        bytes: &[u8],
+        programs: std::sync::Arc<crate::guest::ProgramRegistry>,
+    ) -> Result<Self, String> {
         let saved: Saved = match postcard::take_from_bytes(bytes) {
             Ok((saved, [])) => saved,
             Ok(_) => return Err("bytes behind the guest's state".to_owned()),

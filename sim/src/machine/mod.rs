@@ -358,8 +358,8 @@ impl Machine for SimMachine {
         let (header, rest) = postcard::take_from_bytes::<Header>(bytes)
             .map_err(|error| MachineError::Corrupt(error.to_string()))?;
         self.check_header(&header)?;
-        let guest = Guest::load(rest, Arc::clone(&self.world().programs))
-            .map_err(MachineError::Corrupt)?;
+        let guest =
+            Guest::load(rest, Arc::clone(&self.world().programs)).map_err(MachineError::Corrupt)?;
         let mut state = self.in_status(MachineStatus::Fresh)?;
         self.0.install(&mut state, guest, false);
         drop(state);

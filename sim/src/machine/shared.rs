@@ -126,6 +126,15 @@ impl Shared {
         self.world.trace.record(now, Some(self.spec.vm), tag, &numbers, bytes, String::new);
     }
 
+    /// Takes note of what the guest has written on its console.
+    fn note_console(&self, console: &mut Console, now: Duration) {
+        let fresh = console.take_fresh();
+        if !fresh.is_empty() {
+            let text = || format!("console: {}", String::from_utf8_lossy(fresh).trim_end());
+            self.world.trace.record(now, Some(self.spec.vm), Tag::Console, &[], fresh, text);
+        }
+    }
+
     pub(super) fn strike(&self, kind: FaultKind) -> Option<crate::fault::Fired> {
         self.world.strike(kind, Vms::One(self.spec.vm))
     }
@@ -279,7 +288,12 @@ impl Shared {
     }
 
     /// Lets the guest do what is due, and gives the host's time at which it is to act next.
-    fn step(&self, state: &mut State, now: Duration, aftermath: &mut Aftermath) -> Option<Duration> {
+    fn step(
+        &self,
+        state: &mut State,
+        now: Duration,
+        aftermath: &mut Aftermath,
+    ) -> Option<Duration> {
         if state.status != MachineStatus::Running {
             return None;
         }
@@ -287,10 +301,13 @@ impl Shared {
         let mut progress =
             guest.run(now, &mut state.pipes, &mut state.console, &self.world.streams);
         let mut next = progress.next.and_then(|next| guest.host_time(next));
+        let clock = nanos(guest.clock(now));
+        self.world.trace.record(now, Some(self.spec.vm), Tag::Clock, &[clock], &[], String::new);
         if self.world.faults.may_befall() && guest.listens() && progress.exit.is_none() {
             self.befall(state, now, &mut progress, aftermath);
             next = earliest(next, self.world.faults.next_befalling(self.spec.vm));
         }
+        self.note_console(&mut state.console, now);
         if let Some(exit) = progress.exit {
             self.finish(state, exit);
             return None;
@@ -344,6 +361,7 @@ impl Shared {
         let Some(guest) = &mut state.guest else { return Err(MachineError::Ended) };
         let streams = &self.world.streams;
         let progress = guest.run(now, &mut state.pipes, &mut state.console, streams);
+        self.note_console(&mut state.console, now);
         match progress.exit {
             Some(exit) => {
                 self.finish(state, exit);
