@@ -279,22 +279,12 @@ async fn killed_from_outside(ctx: &Context) -> Verdict {
 
 async fn killed_for_memory(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
-    let running = vm.exec(ExecRequest::new("sleep").arg("600"));
-    let order = async {
-        ctx.sleep(millis(ctx, 20, 200)).await;
-        let trouble = order(ctx, FaultOrder::next(FaultKind::GuestOom).on(vm.id()))?;
-        ctx.sleep(SOON).await;
-        trouble.must_have_fired(ctx)
-    };
-    match select(running, Box::pin(order)).await {
-        Either::Left((ended, _)) => {
-            ensure_eq!(ended?.status, ExecStatus::Signaled(Signal::KILL), "status");
-        }
-        Either::Right((verdict, _)) => {
-            verdict?;
-            ensure!(false, "the program runs on though the guest killed it");
-        }
-    }
+    let process = vm.spawn(ExecRequest::new("sleep").arg("600")).await?;
+    ctx.sleep(millis(ctx, 0, 200)).await;
+    let trouble = order(ctx, FaultOrder::next(FaultKind::GuestOom).on(vm.id()))?;
+    let status = ctx.within(SOON, "the kill", process.wait()).await??;
+    ensure_eq!(status, ExecStatus::Signaled(Signal::KILL), "status");
+    trouble.must_have_fired(ctx)?;
     let got = vm.run("true", []).await?;
     ensure!(got.status.success(), "the next program: {got:?}");
     Ok(())
