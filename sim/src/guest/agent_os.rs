@@ -12,7 +12,7 @@ use super::{
     vfs::{Caller, OpenFlags},
 };
 use bytes::Bytes;
-use std::{sync::Arc, time::Duration};
+use std::{collections::btree_map::Entry, sync::Arc, time::Duration};
 use vm_guest_agent::os::{
     Child, ChildExit, Errno, Fd, GuestOs, Output, ReadOutcome, SpawnSpec, Spawned, SysResult,
 };
@@ -140,8 +140,8 @@ impl SimOs {
         loop {
             self.kernel.last_fd = self.kernel.last_fd.wrapping_add(1);
             let fd = Fd(self.kernel.last_fd);
-            if !self.kernel.agent_files.contains_key(&fd) {
-                self.kernel.agent_files.insert(fd, file);
+            if let Entry::Vacant(free) = self.kernel.agent_files.entry(fd) {
+                free.insert(file);
                 return fd;
             }
         }

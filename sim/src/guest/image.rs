@@ -1,8 +1,8 @@
 //! Saving a guest and bringing it back.
 
 use super::{
-    kernel::{Kernel, SimOs},
     fault::FaultSlot,
+    kernel::{Kernel, SimOs},
     program::{ProgramRegistry, ReviveError},
     tree::BaseImage,
 };

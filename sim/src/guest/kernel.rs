@@ -335,7 +335,9 @@ impl Kernel {
 
     /// Makes the directories of a mount point where they are missing.
     fn mount_point(&mut self, path: &str) -> SysResult<Ino> {
-        if !path.starts_with('/') || path.split('/').skip(1).any(|name| matches!(name, "" | "." | "..")) {
+        if !path.starts_with('/')
+            || path.split('/').skip(1).any(|name| matches!(name, "" | "." | ".."))
+        {
             return Err(Errno::INVAL);
         }
         for (end, _) in path.match_indices('/').skip(1).chain([(path.len(), "")]) {

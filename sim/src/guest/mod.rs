@@ -36,11 +36,10 @@ pub mod syscalls;
 mod tree;
 mod vfs;
 
-
 pub use disk::{DiskImage, DiskSetup};
 pub use fault::{OsFault, OsFaults, SysCall};
-pub use kernel::{OsConfig, OsEvent, RunReport, SetupError, SimOs};
 pub use image::LoadError;
+pub use kernel::{OsConfig, OsEvent, RunReport, SetupError, SimOs};
 pub use program::{GuestProgram, ProgramRegistry, Step, WaitFor};
 pub use syscalls::{ChildFds, ChildSpec, FdStat, OpenFlags, Syscalls};
 

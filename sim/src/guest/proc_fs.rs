@@ -82,8 +82,7 @@ pub(super) fn path(node: u32) -> String {
     match node {
         SYS => "/proc/sys".to_owned(),
         KERNEL => "/proc/sys/kernel".to_owned(),
-        _ => of_process(node)
-            .map_or_else(|| "/proc".to_owned(), |(pid, _)| format!("/proc/{pid}")),
+        _ => of_process(node).map_or_else(|| "/proc".to_owned(), |(pid, _)| format!("/proc/{pid}")),
     }
 }
 

@@ -337,9 +337,10 @@ impl Kernel {
             Some(Opened::PipeWrite(pipe)) => {
                 !to_write || self.pipes.get(pipe).is_none_or(Pipe::is_writable)
             }
-            Some(Opened::Pty(pty)) => self.ptys.get(pty).is_none_or(|pty| {
-                if to_write { pty.is_writable() } else { pty.is_readable() }
-            }),
+            Some(Opened::Pty(pty)) => self
+                .ptys
+                .get(pty)
+                .is_none_or(|pty| if to_write { pty.is_writable() } else { pty.is_readable() }),
             _ => true,
         }
     }

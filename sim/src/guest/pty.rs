@@ -84,11 +84,8 @@ impl Pty {
                 self.echo(b"\r\n");
                 self.finish_line();
             }
-            8 | 127 => {
-                if self.line.pop().is_some() {
-                    self.echo(b"\x08 \x08");
-                }
-            }
+            8 | 127 if self.line.pop().is_some() => self.echo(b"\x08 \x08"),
+            8 | 127 => {}
             21 => {
                 for _ in 0..std::mem::take(&mut self.line).len() {
                     self.echo(b"\x08 \x08");

@@ -23,11 +23,7 @@ impl SimOs {
 
     /// Does as [`run`](Self::run) does, with `pick(n)` drawing which of the `n` processes that can go on comes next,
     /// from 0, counted from the one whose turn it is.
-    pub fn run_ordered(
-        &mut self,
-        budget: u32,
-        pick: &mut dyn FnMut(usize) -> usize,
-    ) -> RunReport {
+    pub fn run_ordered(&mut self, budget: u32, pick: &mut dyn FnMut(usize) -> usize) -> RunReport {
         let mut report = RunReport::default();
         let mut ready = Vec::new();
         loop {
@@ -95,8 +91,7 @@ impl SimOs {
         if held || process.stall_until.is_some_and(|time| time > kernel.now) {
             return false;
         }
-        process.pending != 0
-            || process.wait.as_ref().is_none_or(|wait| kernel.is_ready(pid, wait))
+        process.pending != 0 || process.wait.as_ref().is_none_or(|wait| kernel.is_ready(pid, wait))
     }
 
     /// Steps a process until it blocks, ends or has made as many steps, and gives how many it made.
@@ -147,7 +142,8 @@ impl Syscalls<'_> {
     fn next_signal(&mut self) -> Option<u8> {
         let process = self.process_mut()?;
         (process.pending != 0).then(|| {
-            let signal = u8::try_from(process.pending.trailing_zeros() + 1).unwrap_or(signals::KILL);
+            let signal =
+                u8::try_from(process.pending.trailing_zeros() + 1).unwrap_or(signals::KILL);
             process.pending &= !signals::bit(signal);
             signal
         })

@@ -92,8 +92,12 @@ impl Kernel {
 
     /// Sends a signal to every process of a group, and says whether there was any, one that has ended counting.
     pub(super) fn signal_group(&mut self, group: u32, signal: u8) -> bool {
-        let members: Vec<_> =
-            self.processes.iter().filter(|(_, it)| it.group == group).map(|(pid, _)| *pid).collect();
+        let members: Vec<_> = self
+            .processes
+            .iter()
+            .filter(|(_, it)| it.group == group)
+            .map(|(pid, _)| *pid)
+            .collect();
         if signal != 0 {
             members.iter().for_each(|pid| self.send_signal(*pid, signal));
         }
@@ -113,9 +117,7 @@ impl Kernel {
                 others.filter(|pid| *pid != AGENT && *pid != who).collect()
             }
             0 => self.members(group),
-            target if target < 0 => {
-                self.members(u32::try_from(-target).map_err(|_| Errno::SRCH)?)
-            }
+            target if target < 0 => self.members(u32::try_from(-target).map_err(|_| Errno::SRCH)?),
             target => {
                 let pid = u32::try_from(target).map_err(|_| Errno::SRCH)?;
                 // The agent has a handler for no signal, so that none reaches it.

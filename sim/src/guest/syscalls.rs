@@ -413,8 +413,7 @@ impl<'a> Syscalls<'a> {
         let who = super::vfs::Caller { processes: &kernel.processes, ..kernel.caller(self.pid) };
         let ino = kernel.vfs.open(&who, path, flags, mode)?;
         if ino.fs == PROC_FS {
-            let content =
-                if flags.read { kernel.proc_content(ino.node)? } else { Bytes::new() };
+            let content = if flags.read { kernel.proc_content(ino.node)? } else { Bytes::new() };
             return Ok(Opened::Proc { node: ino.node, content });
         }
         let super::tree::Body::Device(device) = kernel.vfs.inode(ino)?.body else {
@@ -706,7 +705,8 @@ impl<'a> Syscalls<'a> {
         process.caught = 0;
         process.pending = 0;
         let freed = std::mem::replace(&mut process.memory, PROCESS_MEMORY);
-        kernel.vfs.process_memory = (kernel.vfs.process_memory + PROCESS_MEMORY).saturating_sub(freed);
+        kernel.vfs.process_memory =
+            (kernel.vfs.process_memory + PROCESS_MEMORY).saturating_sub(freed);
         let mut closed = Vec::new();
         for slot in &mut process.fds {
             closed.extend(slot.take_if(|descriptor| descriptor.close_on_exec));

@@ -129,7 +129,10 @@ impl Vfs {
     }
 
     pub(super) fn durable_images(&self) -> impl Iterator<Item = DiskImage> {
-        self.disk_order.iter().filter_map(|fs| self.disks.get(usize::from(*fs) - 1)).map(|disk| disk.durable().clone())
+        self.disk_order
+            .iter()
+            .filter_map(|fs| self.disks.get(usize::from(*fs) - 1))
+            .map(|disk| disk.durable().clone())
     }
 
     pub(super) fn memory(&self) -> u64 {
@@ -332,7 +335,10 @@ impl Vfs {
 
     fn drop_if_unused(&mut self, ino: Ino) {
         let gone = self.inode(ino).is_ok_and(|inode| inode.links == 0);
-        if gone && !self.holds.contains_key(&ino) && let Ok(tree) = self.change(ino) {
+        if gone
+            && !self.holds.contains_key(&ino)
+            && let Ok(tree) = self.change(ino)
+        {
             tree.remove(ino.node);
         }
     }
@@ -471,17 +477,20 @@ impl Vfs {
             if path.ends_with('/') {
                 return Err(Errno::ISDIR);
             }
-            let inode =
-                Inode::new(mode & !who.umask, who.uid, who.gid, who.now_ns, Body::File(Default::default()));
+            let inode = Inode::new(
+                mode & !who.umask,
+                who.uid,
+                who.gid,
+                who.now_ns,
+                Body::File(Default::default()),
+            );
             return self.attach(who, found.parent, &found.name, inode);
         };
         if flags.create && flags.exclusive {
             return Err(Errno::EXIST);
         }
-        if self.is_dir(ino) {
-            if flags.write || flags.create {
-                return Err(Errno::ISDIR);
-            }
+        if (flags.write || flags.create) && self.is_dir(ino) {
+            return Err(Errno::ISDIR);
         }
         let want = if flags.read { 4 } else { 0 } | if flags.write { 2 } else { 0 };
         let is_device = ino.fs != PROC_FS && matches!(self.inode(ino)?.body, Body::Device(_));
@@ -786,7 +795,8 @@ impl Vfs {
             if dir == of {
                 return true;
             }
-            let Some(parent) = self.inode(dir).ok().and_then(Inode::dir).map(|dir| dir.parent) else {
+            let Some(parent) = self.inode(dir).ok().and_then(Inode::dir).map(|dir| dir.parent)
+            else {
                 return false;
             };
             if dir.node == TOP || parent == dir.node {

@@ -5,8 +5,7 @@ use super::{
         program::{Step, WaitFor},
         syscalls::{FdStat, OpenFlags, READ, Syscalls},
     },
-    Flush, Out, errno_text,
-    options,
+    Flush, Out, errno_text, options,
 };
 use bytes::{Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
@@ -92,11 +91,11 @@ impl Operands {
 
 impl Copy {
     pub(super) fn start(sys: &mut Syscalls<'_>, argv: &[String], out: &mut Out) -> Option<Self> {
-        let begun = Operands::read(argv).and_then(|it| Self::open(sys, it));
+        let begun = Operands::read(argv).and_then(|it| Self::open(sys, &it));
         begun.map_err(|message| out.error(&message)).ok()
     }
 
-    fn open(sys: &mut Syscalls<'_>, it: Operands) -> Result<Self, String> {
+    fn open(sys: &mut Syscalls<'_>, it: &Operands) -> Result<Self, String> {
         let failed = |path: &str| {
             let path = path.to_owned();
             move |errno| format!("can't open '{path}': {}", errno_text(errno))

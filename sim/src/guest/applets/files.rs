@@ -49,7 +49,8 @@ pub(super) fn mkdir(sys: &mut Syscalls<'_>, argv: &[String], out: &mut Out) -> u
     let work = |path: &str| {
         let failed = |errno| format!("can't create directory '{path}': {}", errno_text(errno));
         if parsed.has('p') {
-            for (end, _) in path.trim_end_matches('/').match_indices('/').filter(|(at, _)| *at > 0) {
+            for (end, _) in path.trim_end_matches('/').match_indices('/').filter(|(at, _)| *at > 0)
+            {
                 match sys.mkdir(&path[..end], 0o777) {
                     Ok(()) | Err(Errno::EXIST) => {}
                     Err(errno) => return Err(failed(errno)),
@@ -276,7 +277,7 @@ fn copy_file(sys: &mut Syscalls<'_>, source: &str, target: &str, mode: u32) -> R
             let closed = sys.close(to);
             copied
                 .map_err(|errno| format!("write error: {}", errno_text(errno)))
-                .and(closed.map_err(|errno| errno_text(errno)))
+                .and(closed.map_err(errno_text))
         }
     };
     let closed = sys.close(from).map_err(errno_text);

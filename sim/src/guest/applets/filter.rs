@@ -222,11 +222,8 @@ impl Filter {
             self.done = true;
             return;
         };
-        let opened = if matches!(name.as_str(), "" | "-") {
-            Ok(0)
-        } else {
-            sys.open(&name, READ, 0)
-        };
+        let opened =
+            if matches!(name.as_str(), "" | "-") { Ok(0) } else { sys.open(&name, READ, 0) };
         match opened {
             Ok(fd) => {
                 self.begin_file(&name);
@@ -501,9 +498,10 @@ fn expand_set(text: &str) -> Vec<u8> {
     let (bytes, _) = super::unescape(text, false);
     let (mut set, mut at) = (Vec::new(), 0);
     while at < bytes.len() {
-        if let Some(end) = bytes[at..].strip_prefix(b"[:").and_then(|rest| {
-            rest.windows(2).position(|pair| pair == b":]")
-        }) {
+        if let Some(end) = bytes[at..]
+            .strip_prefix(b"[:")
+            .and_then(|rest| rest.windows(2).position(|pair| pair == b":]"))
+        {
             let class = &bytes[at + 2..at + 2 + end];
             let is_in = |byte: &u8| match class {
                 b"alpha" => byte.is_ascii_alphabetic(),

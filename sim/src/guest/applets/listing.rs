@@ -153,7 +153,7 @@ fn canonical(sys: &Syscalls<'_>, path: &str) -> Option<String> {
                 names.extend(target.split('/').rev().map(str::to_owned));
             }
             Ok(_) => done = next,
-            Err(_) if names.iter().all(|name| name.is_empty()) => done = next,
+            Err(_) if names.iter().all(String::is_empty) => done = next,
             Err(_) => return None,
         }
     }
@@ -164,7 +164,8 @@ pub(super) fn stat(sys: &mut Syscalls<'_>, argv: &[String], out: &mut Out) -> u8
     let Some(parsed) = Parsed::read(argv, "c:L", out).filter(|it| it.at_least(1, out)) else {
         return 1;
     };
-    let format = parsed.value('c').unwrap_or("  File: %n\n  Size: %s\tAccess: (%a/%A)\tUid: %u\tGid: %g");
+    let format =
+        parsed.value('c').unwrap_or("  File: %n\n  Size: %s\tAccess: (%a/%A)\tUid: %u\tGid: %g");
     let mut code = 0;
     for path in &parsed.rest {
         match sys.stat(path, parsed.has('L')) {
@@ -203,7 +204,9 @@ fn stat_text(
             'u' => text.push_str(&stat.uid.to_string()),
             'g' => text.push_str(&stat.gid.to_string()),
             'U' => text.push_str(&system::user_name(sys, stat.uid).unwrap_or("UNKNOWN".to_owned())),
-            'G' => text.push_str(&system::group_name(sys, stat.gid).unwrap_or("UNKNOWN".to_owned())),
+            'G' => {
+                text.push_str(&system::group_name(sys, stat.gid).unwrap_or("UNKNOWN".to_owned()));
+            }
             'n' => text.push_str(path),
             'Y' => text.push_str(&(stat.modified_ns / 1_000_000_000).to_string()),
             'F' => text.push_str(match stat.kind {

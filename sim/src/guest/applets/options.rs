@@ -23,8 +23,8 @@ impl Parsed {
                 parsed.rest.push(word.clone());
                 continue;
             };
-            if letters.starts_with('-') {
-                out.error(&format!("unrecognized option: {}", &letters[1..]));
+            if let Some(name) = letters.strip_prefix('-') {
+                out.error(&format!("unrecognized option: {name}"));
                 return None;
             }
             for (at, letter) in letters.char_indices() {

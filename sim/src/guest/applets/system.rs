@@ -351,7 +351,7 @@ pub(super) fn format_date(ns: u64, format: &str) -> Result<String, char> {
                 let index = usize::try_from(month.saturating_sub(1)).unwrap_or(0);
                 write!(text, "{}", MONTHS.get(index).copied().unwrap_or(""))
             }
-            'n' => write!(text, "\n"),
+            'n' => writeln!(text),
             '%' => write!(text, "%"),
             other => return Err(other),
         };

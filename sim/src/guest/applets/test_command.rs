@@ -1,12 +1,17 @@
 //! `test` and `[`.
 
-use super::{super::syscalls::{FdStat, Syscalls}, Out};
+use super::{
+    super::syscalls::{FdStat, Syscalls},
+    Out,
+};
 use std::cmp::Ordering;
 use vm_guest_protocol::EntryKind;
 
 pub(super) fn test(sys: &mut Syscalls<'_>, argv: &[String], out: &mut Out) -> u8 {
     let mut words: Vec<&str> = argv.iter().skip(1).map(String::as_str).collect();
-    if argv.first().is_some_and(|name| name == "[" || name.ends_with("/[")) && words.pop() != Some("]") {
+    if argv.first().is_some_and(|name| name == "[" || name.ends_with("/["))
+        && words.pop() != Some("]")
+    {
         out.error("missing ]");
         return 2;
     }
@@ -140,9 +145,8 @@ impl Test<'_, '_> {
     }
 
     fn binary(&self, left: &str, operator: &str, right: &str) -> Result<bool, String> {
-        let number = |text: &str| {
-            text.trim().parse::<i64>().map_err(|_| format!("{text}: bad number"))
-        };
+        let number =
+            |text: &str| text.trim().parse::<i64>().map_err(|_| format!("{text}: bad number"));
         let order = || Ok::<_, String>(number(left)?.cmp(&number(right)?));
         let modified = |path: &str| self.sys.stat(path, true).ok().map(|it| it.modified_ns);
         Ok(match operator {
@@ -166,6 +170,17 @@ impl Test<'_, '_> {
 fn is_binary(word: &str) -> bool {
     matches!(
         word,
-        "=" | "==" | "!=" | "<" | ">" | "-eq" | "-ne" | "-lt" | "-le" | "-gt" | "-ge" | "-nt" | "-ot"
+        "=" | "=="
+            | "!="
+            | "<"
+            | ">"
+            | "-eq"
+            | "-ne"
+            | "-lt"
+            | "-le"
+            | "-gt"
+            | "-ge"
+            | "-nt"
+            | "-ot"
     )
 }

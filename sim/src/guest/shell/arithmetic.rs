@@ -20,8 +20,7 @@ const LEVELS: [&[&str]; 10] = [
     &["+", "-"],
     &["*", "/", "%"],
 ];
-const ASSIGNMENTS: [&str; 11] =
-    ["<<=", ">>=", "+=", "-=", "*=", "/=", "%=", "&=", "|=", "^=", "="];
+const ASSIGNMENTS: [&str; 11] = ["<<=", ">>=", "+=", "-=", "*=", "/=", "%=", "&=", "|=", "^=", "="];
 
 /// Computes an expression.
 pub(super) fn evaluate(text: &str, variables: &mut dyn Variables) -> Result<i64, String> {

@@ -7,18 +7,42 @@ use std::sync::Arc;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) enum Command {
     Simple(Simple),
-    Pipeline { negate: bool, stages: Vec<Arc<Command>> },
+    Pipeline {
+        negate: bool,
+        stages: Vec<Arc<Command>>,
+    },
     And(Arc<Command>, Arc<Command>),
     Or(Arc<Command>, Arc<Command>),
     /// Commands in order, each with whether it runs in the background.
     List(Vec<(Arc<Command>, bool)>),
-    If { condition: Arc<Command>, then: Arc<Command>, otherwise: Option<Arc<Command>> },
-    While { condition: Arc<Command>, body: Arc<Command>, until: bool },
-    For { name: String, words: Option<Vec<Word>>, body: Arc<Command> },
-    Case { word: Word, arms: Vec<Arm> },
+    If {
+        condition: Arc<Command>,
+        then: Arc<Command>,
+        otherwise: Option<Arc<Command>>,
+    },
+    While {
+        condition: Arc<Command>,
+        body: Arc<Command>,
+        until: bool,
+    },
+    For {
+        name: String,
+        words: Option<Vec<Word>>,
+        body: Arc<Command>,
+    },
+    Case {
+        word: Word,
+        arms: Vec<Arm>,
+    },
     Subshell(Arc<Command>),
-    Function { name: String, body: Arc<Command> },
-    Redirected { body: Arc<Command>, redirections: Vec<Redirection> },
+    Function {
+        name: String,
+        body: Arc<Command>,
+    },
+    Redirected {
+        body: Arc<Command>,
+        redirections: Vec<Redirection>,
+    },
 }
 
 /// A program or builtin with its arguments.
@@ -67,9 +91,19 @@ pub(super) enum Part {
     Plain(String),
     /// Text in which they do not. An empty one makes the word count as given.
     Quoted(String),
-    Parameter { name: String, action: Action, quoted: bool },
-    Substitution { command: Arc<Command>, quoted: bool },
-    Arithmetic { expression: Word, quoted: bool },
+    Parameter {
+        name: String,
+        action: Action,
+        quoted: bool,
+    },
+    Substitution {
+        command: Arc<Command>,
+        quoted: bool,
+    },
+    Arithmetic {
+        expression: Word,
+        quoted: bool,
+    },
     /// `~` at the beginning of a word.
     Home,
 }

@@ -166,7 +166,8 @@ impl Shell {
             candidates = in_path.map(|dir| format!("{dir}/{path}")).collect();
             candidates.push(path.clone());
         }
-        let content = candidates.iter().map(|path| sys.peek_file(path)).find(|it| *it != Err(Errno::NOENT));
+        let content =
+            candidates.iter().map(|path| sys.peek_file(path)).find(|it| *it != Err(Errno::NOENT));
         match content.unwrap_or(Err(Errno::NOENT)) {
             Ok(content) => {
                 let text = String::from_utf8_lossy(&content).into_owned();
@@ -333,7 +334,10 @@ impl Shell {
                 Some(_) => sys.catch_signal(signal),
             };
             // What cannot be caught may be named, to no effect.
-            debug_assert!(matches!(disposed, Ok(()) | Err(Errno::INVAL)), "no other error is known");
+            debug_assert!(
+                matches!(disposed, Ok(()) | Err(Errno::INVAL)),
+                "no other error is known"
+            );
             match &script {
                 Some(script) => self.traps.insert(signal, script.clone()),
                 None => self.traps.remove(&signal),
@@ -488,8 +492,7 @@ impl Shell {
             self.status = 2;
             return;
         }
-        let names =
-            if names.is_empty() { vec!["REPLY".to_owned()] } else { names.to_vec() };
+        let names = if names.is_empty() { vec!["REPLY".to_owned()] } else { names.to_vec() };
         let (line, escaped) = (Vec::new(), Vec::new());
         self.stack.push(Frame::Read { names, raw, line, escaped, after_backslash: false });
     }
@@ -531,7 +534,8 @@ impl Shell {
         };
         self.status = u8::from(!whole);
         let separators = self.get("IFS").unwrap_or_else(|| " \t\n".to_owned());
-        for (name, value) in names.iter().zip(split_line(&line, &escaped, &separators, names.len())) {
+        for (name, value) in names.iter().zip(split_line(&line, &escaped, &separators, names.len()))
+        {
             if let Err(message) = self.assign(name, value) {
                 self.fatal(sys, &message);
                 break;

@@ -239,9 +239,7 @@ impl<'a, 'b> Expander<'a, 'b> {
                     if message.is_empty() { "parameter not set or null" } else { &message };
                 return Err(Halt::Fatal(format!("{name}: {message}")));
             }
-            Action::Length => {
-                self.required(name, value)?.chars().count().to_string()
-            }
+            Action::Length => self.required(name, value)?.chars().count().to_string(),
             Action::CutStart(longest, word) => {
                 let cut = self.pattern(word)?;
                 let value = self.required(name, value)?;

@@ -19,11 +19,12 @@ impl Shell {
         };
         let mut child = sys.for_child(pid);
         let flags = OpenFlags { read: true, ..OpenFlags::default() };
-        let prepared = child.ignore_signal(2).and_then(|()| child.ignore_signal(3)).and_then(|()| {
-            let null = child.open("/dev/null", flags, 0)?;
-            child.dup2(null, 0)?;
-            if null == 0 { Ok(()) } else { child.close(null) }
-        });
+        let prepared =
+            child.ignore_signal(2).and_then(|()| child.ignore_signal(3)).and_then(|()| {
+                let null = child.open("/dev/null", flags, 0)?;
+                child.dup2(null, 0)?;
+                if null == 0 { Ok(()) } else { child.close(null) }
+            });
         if let Err(errno) = prepared {
             self.complain(&format!("/dev/null: {}", crate::guest::applets::errno_text(errno)));
         }

@@ -1,5 +1,8 @@
 //! Cutting a script into tokens and words into parts.
 
+// A method's path stands for one lifetime of the parser, a closure for all.
+#![allow(clippy::redundant_closure_for_method_calls)]
+
 use super::{
     ast::{Action, Command, Part, Word},
     parser::Parser,
@@ -26,8 +29,8 @@ pub(super) enum Token {
 }
 
 const OPERATORS: [&str; 18] = [
-    "<<-", "&&", "||", ";;", "<<", ">>", "<&", ">&", "<>", ">|", "&>", ";", "&", "|", "<", ">", "(",
-    ")",
+    "<<-", "&&", "||", ";;", "<<", ">>", "<&", ">&", "<>", ">|", "&>", ";", "&", "|", "<", ">",
+    "(", ")",
 ];
 
 impl Token {
@@ -99,7 +102,8 @@ impl Parser<'_> {
                 c if is_meta(c) => break,
                 '\'' => {
                     let rest = &self.rest()[1..];
-                    let end = rest.find('\'').ok_or_else(|| incomplete("unterminated quoted string"))?;
+                    let end =
+                        rest.find('\'').ok_or_else(|| incomplete("unterminated quoted string"))?;
                     parts.push(Part::Quoted(rest[..end].to_owned()));
                     self.at += end + 2;
                 }
@@ -130,7 +134,11 @@ impl Parser<'_> {
     }
 
     /// Reads on inside double quotes, up to the end given or the end of the text.
-    fn double_quoted(&mut self, parts: &mut Vec<Part>, end: Option<char>) -> Result<(), ParseError> {
+    fn double_quoted(
+        &mut self,
+        parts: &mut Vec<Part>,
+        end: Option<char>,
+    ) -> Result<(), ParseError> {
         loop {
             let Some(c) = self.rest().chars().next() else {
                 return match end {
@@ -279,7 +287,8 @@ impl Parser<'_> {
                 }
                 '\'' if !quoted => {
                     let rest = &self.rest()[1..];
-                    let end = rest.find('\'').ok_or_else(|| incomplete("unterminated quoted string"))?;
+                    let end =
+                        rest.find('\'').ok_or_else(|| incomplete("unterminated quoted string"))?;
                     parts.push(Part::Quoted(rest[..end].to_owned()));
                     self.at += end + 2;
                 }

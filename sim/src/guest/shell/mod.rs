@@ -149,7 +149,9 @@ impl Shell {
         self.put("PPID", sys.getppid().to_string());
         let mut words: VecDeque<String> = self.arguments.iter().skip(1).cloned().collect();
         let (mut is_command, mut from_input) = (false, false);
-        while let Some(word) = words.front().filter(|word| word.len() > 1 && word.starts_with(['-', '+'])) {
+        while let Some(word) =
+            words.front().filter(|word| word.len() > 1 && word.starts_with(['-', '+']))
+        {
             let word = word.clone();
             words.pop_front();
             if word == "--" {
@@ -375,7 +377,8 @@ impl Shell {
 
     /// Gives a variable's or a special parameter's value.
     fn parameter(&self, name: &str) -> Option<String> {
-        let separated = || self.get("IFS").map_or(" ".to_owned(), |it| it.chars().take(1).collect());
+        let separated =
+            || self.get("IFS").map_or(" ".to_owned(), |it| it.chars().take(1).collect());
         match name {
             "?" => Some(self.status.to_string()),
             "$" => Some(self.main_pid.to_string()),
@@ -437,7 +440,8 @@ impl Options {
     }
 
     fn letters(&self) -> String {
-        let all = [('e', self.errexit), ('u', self.nounset), ('f', self.noglob), ('x', self.xtrace)];
+        let all =
+            [('e', self.errexit), ('u', self.nounset), ('f', self.noglob), ('x', self.xtrace)];
         all.iter().filter(|(_, on)| *on).map(|(letter, _)| letter).collect()
     }
 }

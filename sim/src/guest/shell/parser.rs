@@ -41,7 +41,11 @@ pub(super) fn next_line(text: &str, at: usize) -> Parsed<(Option<Arc<Command>>, 
 
 fn unexpected(token: &Token) -> ParseError {
     let text = format!("unexpected {}", token.describe());
-    if matches!(token, Token::End) { ParseError::Incomplete(text) } else { ParseError::Syntax(text) }
+    if matches!(token, Token::End) {
+        ParseError::Incomplete(text)
+    } else {
+        ParseError::Syntax(text)
+    }
 }
 
 impl<'a> Parser<'a> {
@@ -187,11 +191,8 @@ impl<'a> Parser<'a> {
             self.token = None;
             self.skip_newlines()?;
             let right = self.pipeline()?;
-            left = Arc::new(if is_and {
-                Command::And(left, right)
-            } else {
-                Command::Or(left, right)
-            });
+            left =
+                Arc::new(if is_and { Command::And(left, right) } else { Command::Or(left, right) });
         }
     }
 

@@ -20,34 +20,77 @@ use vm_guest_agent::os::Errno;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) enum Frame {
     /// Read on in a text.
-    Script { text: Arc<str>, at: usize },
+    Script {
+        text: Arc<str>,
+        at: usize,
+    },
     /// Read on in standard input: the line so far, and whole lines before it.
-    Input { line: Vec<u8>, text: String },
+    Input {
+        line: Vec<u8>,
+        text: String,
+    },
     Prompt,
     Run(Arc<Command>),
-    List { list: Arc<Command>, at: usize },
+    List {
+        list: Arc<Command>,
+        at: usize,
+    },
     /// The left side of `&&` or `||` runs.
-    AndOr { right: Arc<Command>, on_success: bool },
+    AndOr {
+        right: Arc<Command>,
+        on_success: bool,
+    },
     Negate,
     /// A condition runs.
     If(Arc<Command>),
-    WhileCondition { command: Arc<Command>, status: u8 },
+    WhileCondition {
+        command: Arc<Command>,
+        status: u8,
+    },
     WhileBody(Arc<Command>),
-    For { command: Arc<Command>, items: Arc<Vec<String>>, at: usize },
+    For {
+        command: Arc<Command>,
+        items: Arc<Vec<String>>,
+        at: usize,
+    },
     /// Words are expanded: the outputs of their substitutions so far, and `$?` from before them.
-    Expand { command: Arc<Command>, outputs: Vec<String>, status: u8 },
+    Expand {
+        command: Arc<Command>,
+        outputs: Vec<String>,
+        status: u8,
+    },
     /// The output of a substitution is read.
-    Collect { pid: u32, fd: u32, output: BytesMut },
+    Collect {
+        pid: u32,
+        fd: u32,
+        output: BytesMut,
+    },
     /// Children in the foreground run; the last one's status counts.
-    Wait { pids: Vec<u32>, last: u32, failed: u8 },
+    Wait {
+        pids: Vec<u32>,
+        last: u32,
+        failed: u8,
+    },
     /// The `wait` builtin.
-    WaitJobs { pids: Vec<u32>, all: bool },
+    WaitJobs {
+        pids: Vec<u32>,
+        all: bool,
+    },
     /// The `read` builtin.
-    Read { names: Vec<String>, raw: bool, line: Vec<u8>, escaped: Vec<usize>, after_backslash: bool },
+    Read {
+        names: Vec<String>,
+        raw: bool,
+        line: Vec<u8>,
+        escaped: Vec<usize>,
+        after_backslash: bool,
+    },
     /// Descriptors are put back: each with where its former file is kept, if it had one.
     Restore(Vec<(u32, Option<u32>)>),
     /// A function ends: the parameters and the local variables' former values come back.
-    Function { parameters: Vec<String>, locals: Vec<(String, Option<Variable>)> },
+    Function {
+        parameters: Vec<String>,
+        locals: Vec<(String, Option<Variable>)>,
+    },
     /// Variables are put back.
     Variables(Vec<(String, Option<Variable>)>),
     /// `.` or `eval` ends; `return` stops here for the former.
@@ -150,7 +193,10 @@ impl Shell {
             || self.stack.iter().any(|frame| {
                 matches!(
                     frame,
-                    Frame::AndOr { .. } | Frame::Negate | Frame::If(_) | Frame::WhileCondition { .. }
+                    Frame::AndOr { .. }
+                        | Frame::Negate
+                        | Frame::If(_)
+                        | Frame::WhileCondition { .. }
                 )
             })
     }
@@ -158,10 +204,18 @@ impl Shell {
     fn run(&mut self, sys: &mut Syscalls<'_>, command: Arc<Command>) {
         match &*command {
             Command::Simple(_) | Command::Redirected { .. } | Command::Case { .. } => {
-                self.stack.push(Frame::Expand { command, outputs: Vec::new(), status: self.status });
+                self.stack.push(Frame::Expand {
+                    command,
+                    outputs: Vec::new(),
+                    status: self.status,
+                });
             }
             Command::For { words, .. } => match words {
-                Some(_) => self.stack.push(Frame::Expand { command, outputs: Vec::new(), status: self.status }),
+                Some(_) => self.stack.push(Frame::Expand {
+                    command,
+                    outputs: Vec::new(),
+                    status: self.status,
+                }),
                 None => {
                     let items = Arc::new(self.parameters.clone());
                     self.status = 0;
@@ -217,7 +271,11 @@ impl Shell {
     }
 
     /// Starts a child that runs a command in a copy of this shell.
-    pub(super) fn fork(&mut self, sys: &mut Syscalls<'_>, command: &Arc<Command>) -> Result<u32, Errno> {
+    pub(super) fn fork(
+        &mut self,
+        sys: &mut Syscalls<'_>,
+        command: &Arc<Command>,
+    ) -> Result<u32, Errno> {
         let (stack, forgiving) = (std::mem::take(&mut self.stack), self.forgiving);
         let out = std::mem::take(&mut self.out);
         let mut child = self.clone();
@@ -426,13 +484,7 @@ impl Shell {
         }
     }
 
-    fn collect(
-        &mut self,
-        sys: &mut Syscalls<'_>,
-        pid: u32,
-        fd: u32,
-        mut output: BytesMut,
-    ) -> Step {
+    fn collect(&mut self, sys: &mut Syscalls<'_>, pid: u32, fd: u32, mut output: BytesMut) -> Step {
         match sys.read(fd, 64 << 10) {
             Ok(bytes) if bytes.is_empty() => {
                 let mut text = String::from_utf8_lossy(&output).replace('\0', "");

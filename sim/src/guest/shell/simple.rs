@@ -39,12 +39,7 @@ impl Expander<'_, '_> {
 
 impl Shell {
     /// Runs a simple command. `substituted` is the status of its last substitution, if it had one.
-    pub(super) fn simple(
-        &mut self,
-        sys: &mut Syscalls<'_>,
-        parts: Parts,
-        substituted: Option<u8>,
-    ) {
+    pub(super) fn simple(&mut self, sys: &mut Syscalls<'_>, parts: Parts, substituted: Option<u8>) {
         self.stack.push(Frame::Check);
         if self.options.xtrace {
             let assigned = parts.assignments.iter().map(|(name, value)| format!("{name}={value}"));
@@ -104,8 +99,7 @@ impl Shell {
         }
         match function {
             Some(body) => {
-                let parameters =
-                    std::mem::replace(&mut self.parameters, parts.words[1..].to_vec());
+                let parameters = std::mem::replace(&mut self.parameters, parts.words[1..].to_vec());
                 self.stack.push(Frame::Function { parameters, locals: Vec::new() });
                 self.stack.push(Frame::Run(body));
             }

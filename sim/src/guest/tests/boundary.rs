@@ -99,7 +99,8 @@ fn a_terminal_has_lines_a_size_and_an_end() {
 #[test]
 fn signals_reach_the_whole_group() {
     let mut os = boot();
-    let child = os.spawn(&spec(&["sh", "-c", "sleep 100 & sleep 100 | sleep 100; echo no"])).unwrap();
+    let child =
+        os.spawn(&spec(&["sh", "-c", "sleep 100 & sleep 100 | sleep 100; echo no"])).unwrap();
     os.run(1000);
     assert_eq!(os.process_count(), 4);
     os.signal_group(child.child, 19).unwrap();
@@ -227,7 +228,7 @@ impl GuestProgram for Counter {
                 if sys.spawn(child).is_err() { Step::Exit(1) } else { Step::Exit(0) }
             }
             Ok(bytes) => {
-                self.lines += bytes.iter().filter(|byte| **byte == b'\n').count() as u32;
+                self.lines += bytes.iter().map(|byte| u32::from(*byte == b'\n')).sum::<u32>();
                 match sys.write(1, format!("{}\n", self.lines)) {
                     Ok(_) => Step::Continue,
                     Err(_) => Step::Exit(1),
@@ -259,10 +260,16 @@ fn registered_programs_run_are_saved_and_must_be_known() {
     }
     let bytes = os.save().unwrap();
     let unknown = SimOs::load(&bytes, Arc::new(ProgramRegistry::new()));
-    assert!(matches!(unknown, Err(crate::guest::LoadError::UnknownProgram(path)) if path == "/opt/counter"));
+    assert!(
+        matches!(unknown, Err(crate::guest::LoadError::UnknownProgram(path)) if path == "/opt/counter")
+    );
     let hog = SpawnSpec { path: "/opt/counter".into(), ..spec(&["counter", "999999999999"]) };
     assert_eq!(run(&mut os, &hog).unwrap().status, -9);
-    assert!(os.take_events().iter().any(|it| matches!(it, OsEvent::Console(line) if line.contains("Out of memory"))));
+    assert!(
+        os.take_events()
+            .iter()
+            .any(|it| matches!(it, OsEvent::Console(line) if line.contains("Out of memory")))
+    );
 }
 
 #[test]

@@ -272,10 +272,16 @@ fn disks_are_full_read_only_and_apart() {
     os.unlink("/data/x").unwrap();
     write(&mut os, "/data/z", &vec![2; 100 << 10], false).unwrap();
     assert_eq!(os.rename("/data/z", "/tmp/z"), Err(Errno::XDEV));
-    assert_eq!(sh(&mut os, "mv /data/z /tmp/z && ls /data && stat -c %s /tmp/z").stdout, "102400\n");
+    assert_eq!(
+        sh(&mut os, "mv /data/z /tmp/z && ls /data && stat -c %s /tmp/z").stdout,
+        "102400\n"
+    );
     assert_eq!(os.rmdir("/data"), Err(Errno::BUSY));
     assert_eq!(os.disks().len(), 2);
-    let full = sh(&mut os, "dd if=/dev/zero of=/tmp/big bs=1M; echo $?; rm /tmp/big; echo x > /tmp/s; cat /tmp/s");
+    let full = sh(
+        &mut os,
+        "dd if=/dev/zero of=/tmp/big bs=1M; echo $?; rm /tmp/big; echo x > /tmp/s; cat /tmp/s",
+    );
     assert!(full.stderr.contains("No space left on device"));
     assert_eq!(full.stdout, "1\nx\n");
 }
@@ -299,7 +305,7 @@ fn what_is_open_lives_on_without_a_name() {
 fn a_large_file_is_held_and_read_whole() {
     let mut os = boot();
     let fd = os.create_new("/tmp/big", 0o600).unwrap();
-    let chunk: Vec<u8> = (0..64 << 10).map(|at: u32| (at % 251) as u8).collect();
+    let chunk: Vec<u8> = (0..=250).cycle().take(64 << 10).collect();
     for _ in 0..1024 {
         os.write_all(fd, &chunk).unwrap();
     }

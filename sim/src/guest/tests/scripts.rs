@@ -161,6 +161,7 @@ fn on_host(script: &str) -> Ran {
 }
 
 #[test]
+#[allow(clippy::print_stderr)]
 fn scripts_do_what_they_do_on_the_host() {
     if !Path::new("/bin/sh").exists() {
         eprintln!("skipped: there is no /bin/sh here to compare with");

@@ -16,7 +16,8 @@ fn costs() {
     };
     boot();
     time("create", 100_000, &mut || drop(black_box(boot())));
-    let (echo, truth, script) = (spec(&["echo", "hi"]), spec(&["true"]), spec(&["sh", "-c", "echo hi"]));
+    let (echo, truth, script) =
+        (spec(&["echo", "hi"]), spec(&["true"]), spec(&["sh", "-c", "echo hi"]));
     let mut os = boot();
     for (name, spec) in [("echo hi", &echo), ("true", &truth), ("sh -c 'echo hi'", &script)] {
         time(name, 100_000, &mut || {
