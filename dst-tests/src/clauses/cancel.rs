@@ -1,8 +1,8 @@
 //! Futures that are dropped half-way.
 
 use super::probe::{
-    LONG, Nonce, SOON, Stage, Ticker, Vm, boot_time, cut, millis, script, spawn_sh, truthful,
-    until, until_settled, until_state, works,
+    LONG, Nonce, SOON, Stage, Ticker, Vm, boot_time, cut, millis, script, snapshot_path, spawn_sh,
+    truthful, until, until_settled, until_state, works,
 };
 use crate::{
     clause,
@@ -139,7 +139,7 @@ async fn snapshot(ctx: &Context) -> Verdict {
     if stage == Stage::Paused {
         vm.pause().await?;
     }
-    let path = ctx.host_path("dropped.snap");
+    let path = snapshot_path(ctx, &vm, "dropped.snap").await?;
     let options = SnapshotOptions::default().with_path(&path);
     let outcome = cut(ctx, taken, vm.snapshot(options.clone())).await.transpose()?;
     // Whatever stands there must be whole; a file that was finished at the last moment may stand.

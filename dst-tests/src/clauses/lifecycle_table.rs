@@ -7,6 +7,7 @@ use crate::{
     context::Context,
     ensure, ensure_eq, ensure_err,
 };
+use std::time::Duration;
 use vm_core::fault::{FaultKind, FaultOrder};
 use vm_trait::{
     Capability, CreateDirOptions, ExecRequest, ForkOptions, Operation, OutputOffsets, ProcessId,
@@ -77,7 +78,11 @@ pub(super) async fn attempt(ctx: &Context, vm: &Vm, operation: Operation) -> VmR
         Operation::Pause => vm.pause().await,
         Operation::Resume => vm.resume().await,
         Operation::Ping => vm.ping().await.map(drop),
-        Operation::Exec => vm.run("echo", ["x"]).await.map(drop),
+        Operation::Exec => {
+            // A program that never gets on must not keep the caller for ever.
+            let limit = Duration::from_millis(300);
+            vm.exec(ExecRequest::new("echo").arg("x").timeout(limit)).await.map(drop)
+        }
         Operation::Spawn => vm.spawn(ExecRequest::new("sleep").arg("1000")).await.map(drop),
         Operation::AttachProcess => {
             let nobody = ProcessId(u64::MAX - ctx.draw(0, 1000));

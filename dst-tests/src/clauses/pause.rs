@@ -282,7 +282,7 @@ async fn pause_refused(ctx: &Context) -> Verdict {
     let ordered = order(ctx, FaultOrder::next(FaultKind::PauseFail).on(vm.id()))?;
     let outcome = vm.pause().await;
     ordered.must_have_fired(ctx)?;
-    ensure!(outcome.is_err(), "a pause that the hypervisor refused was Ok");
+    ensure_err!(outcome, VmErrorKind::HypervisorFailed { .. }, "a pause that is refused");
     ensure_eq!(vm.state(), VmState::Running, "the state after a refused pause");
     works(ctx, &vm, "after a refused pause").await?;
     vm.pause().await?;
@@ -313,7 +313,7 @@ async fn resume_refused(ctx: &Context) -> Verdict {
     let ordered = order(ctx, FaultOrder::next(FaultKind::ResumeFail).on(vm.id()))?;
     let outcome = vm.resume().await;
     ordered.must_have_fired(ctx)?;
-    ensure!(outcome.is_err(), "a resume that the hypervisor refused was Ok");
+    ensure_err!(outcome, VmErrorKind::HypervisorFailed { .. }, "a resume that is refused");
     usable_or_given_up(ctx, &vm, VmState::Paused, "after a refused resume").await
 }
 

@@ -8,6 +8,7 @@ use crate::{
 use bytes::Bytes;
 use std::{
     future::{Future, poll_fn},
+    path::PathBuf,
     pin::pin,
     sync::Arc,
     task::Poll,
@@ -18,8 +19,8 @@ use vm_core::{
     fault::{FaultKind, FaultOrder},
 };
 use vm_trait::{
-    Capability, CrashReason, DiskConfig, ExecRequest, GuestProcess, Operation, StopOptions,
-    VmConfig, VmErrorKind, VmInstance, VmInstanceExt, VmResult, VmState,
+    Capability, CrashReason, DiskConfig, ExecRequest, GuestProcess, Operation, SnapshotOptions,
+    StopOptions, VmConfig, VmErrorKind, VmInstance, VmInstanceExt, VmResult, VmState,
 };
 
 /// A machine, as checks share it.
@@ -88,6 +89,13 @@ pub(super) async fn started(ctx: &Context, change: impl FnOnce(&mut VmConfig)) -
 /// Describes a disk of the host with a drawn name, seen at `mount`.
 pub(super) fn disk(ctx: &Context, mount: &str) -> DiskConfig {
     DiskConfig::new(ctx.host_path("disk.img"), mount)
+}
+
+/// Gives a path for a snapshot that no other run uses, in the directory where the backend keeps them.
+pub(super) async fn snapshot_path(ctx: &Context, vm: &Vm, name: &str) -> Result<PathBuf, Broken> {
+    let snapshot = vm.snapshot(SnapshotOptions::default()).await?;
+    ctx.backend().delete_snapshot(&snapshot).await?;
+    Ok(snapshot.path.with_file_name(format!("{:016x}-{name}", ctx.draw(0, u64::MAX))))
 }
 
 /// Measures how long a boot takes, to set deadlines by. It is never less than a tenth of a second.
@@ -300,22 +308,24 @@ pub(super) async fn truthful(ctx: &Context, vm: &Vm, when: &str) -> Verdict {
     works(ctx, vm, &format!("{when}, after leaving {state}")).await
 }
 
-/// Polls `future` a drawn number of times, or for a drawn while up to `most`, then drops it. Gives its output where
-/// it ended before.
+/// Polls `future` at most a drawn number of times and for a drawn while up to `most`, then drops it. Gives its output
+/// where it ended before.
 pub(super) async fn cut<F: Future>(ctx: &Context, most: Duration, future: F) -> Option<F::Output> {
-    let most = u64::try_from(most.as_micros()).unwrap_or(u64::MAX).max(1);
-    if ctx.one_in(2) {
-        let (mut left, mut future) = (ctx.draw(1, 12), pin!(future));
-        return poll_fn(|task| {
-            if let Poll::Ready(output) = future.as_mut().poll(task) {
-                return Poll::Ready(Some(output));
-            }
-            left -= 1;
-            if left == 0 { Poll::Ready(None) } else { Poll::Pending }
-        })
-        .await;
-    }
-    timeout(&**ctx.env(), Duration::from_micros(ctx.draw(1, most)), future).await.ok()
+    let micros = u64::try_from(most.as_micros()).unwrap_or(u64::MAX).max(1);
+    // Half of the time the number of polls decides, which comes upon awaits that take no time.
+    let (mut left, most) = match ctx.one_in(2) {
+        true => (ctx.draw(1, 12), most.max(Duration::from_millis(1))),
+        false => (u64::MAX, Duration::from_micros(ctx.draw(1, micros))),
+    };
+    let mut future = pin!(future);
+    let polled = poll_fn(|task| {
+        if let Poll::Ready(output) = future.as_mut().poll(task) {
+            return Poll::Ready(Some(output));
+        }
+        left -= 1;
+        if left == 0 { Poll::Ready(None) } else { Poll::Pending }
+    });
+    timeout(&**ctx.env(), most, polled).await.ok().flatten()
 }
 
 /// Orders a fault for a machine, and gives what to check with afterwards that it has happened.

@@ -2,7 +2,7 @@
 
 use super::probe::{
     Nonce, SOON, Stage, Ticker, Vm, clock_is_right, disk, millis, random, read_to_end, read_until,
-    spawn_sh, started, uptime, works,
+    snapshot_path, spawn_sh, started, uptime, works,
 };
 use crate::{
     clause,
@@ -363,7 +363,7 @@ async fn export_import(ctx: &Context) -> Verdict {
 async fn at_a_path(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
     let nonce = Nonce::plant(ctx, &vm).await?;
-    let path = ctx.host_path("asked.snap");
+    let path = snapshot_path(ctx, &vm, "asked.snap").await?;
     let snapshot = vm.snapshot(SnapshotOptions::default().with_path(&path)).await?;
     ensure_eq!(snapshot.path, path, "the path of a snapshot");
     let text = serde_json::to_string(&snapshot).map_err(|error| Broken::new(error.to_string()))?;
@@ -380,7 +380,7 @@ async fn at_a_path(ctx: &Context) -> Verdict {
 
 async fn replaces(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
-    let path = ctx.host_path("replaced.snap");
+    let path = snapshot_path(ctx, &vm, "replaced.snap").await?;
     let options = SnapshotOptions::default().with_path(&path);
     let old = Nonce::plant(ctx, &vm).await?;
     let first = vm.snapshot(options.clone()).await?;

@@ -1,7 +1,8 @@
 //! Snapshots and restores that go wrong below.
 
 use super::probe::{
-    LONG, Nonce, Stage, Vm, made, millis, order, sh, truthful, until_settled, until_state, works,
+    LONG, Nonce, Stage, Vm, made, millis, order, sh, snapshot_path, truthful, until_settled,
+    until_state, works,
 };
 use crate::{
     clause,
@@ -91,6 +92,7 @@ async fn fails_under(ctx: &Context, vm: &Vm, path: &std::path::Path, kind: Fault
         outcome,
         VmErrorKind::HostIo { .. }
             | VmErrorKind::ResourceExhausted { .. }
+            | VmErrorKind::HypervisorFailed { .. }
             | VmErrorKind::VmmCrashed { .. }
             | VmErrorKind::GuestCrashed { .. },
         "a snapshot under {kind}"
@@ -100,7 +102,8 @@ async fn fails_under(ctx: &Context, vm: &Vm, path: &std::path::Path, kind: Fault
 
 async fn disk_full(ctx: &Context) -> Verdict {
     let (stage, vm, nonce) = subject(ctx).await?;
-    let (path, free) = (ctx.host_path("full.snap"), ctx.host_path("free.snap"));
+    let path = snapshot_path(ctx, &vm, "full.snap").await?;
+    let free = path.with_extension("free");
     let old = vm.snapshot(SnapshotOptions::default().with_path(&path)).await?;
     let taken = if ctx.one_in(2) { &path } else { &free };
     fails_under(ctx, &vm, taken, FaultKind::HostDiskFull).await?;
@@ -114,7 +117,8 @@ async fn disk_full(ctx: &Context) -> Verdict {
 
 async fn torn_write(ctx: &Context) -> Verdict {
     let (_, vm, nonce) = subject(ctx).await?;
-    let (path, free) = (ctx.host_path("torn.snap"), ctx.host_path("free.snap"));
+    let path = snapshot_path(ctx, &vm, "torn.snap").await?;
+    let free = path.with_extension("free");
     let old = vm.snapshot(SnapshotOptions::default().with_path(&path)).await?;
     let taken = if ctx.one_in(2) { &path } else { &free };
     fails_under(ctx, &vm, taken, FaultKind::TornWrite).await?;
@@ -152,7 +156,7 @@ async fn lost_sync(ctx: &Context) -> Verdict {
 
 async fn save_fails(ctx: &Context) -> Verdict {
     let (stage, vm, nonce) = subject(ctx).await?;
-    let path = ctx.host_path("unsaved.snap");
+    let path = snapshot_path(ctx, &vm, "unsaved.snap").await?;
     let old = vm.snapshot(SnapshotOptions::default()).await?;
     fails_under(ctx, &vm, &path, FaultKind::SaveFail).await?;
     ensure!(stage.holds(&vm.state()), "in {stage:?}, after a failed save: {}", vm.state());
@@ -164,7 +168,7 @@ async fn save_fails(ctx: &Context) -> Verdict {
 
 async fn next_works(ctx: &Context) -> Verdict {
     let (_, vm, nonce) = subject(ctx).await?;
-    let path = ctx.host_path("last.snap");
+    let path = snapshot_path(ctx, &vm, "last.snap").await?;
     for _ in 0..ctx.draw(1, 4) {
         let kind = ctx.pick(&[FaultKind::SaveFail, FaultKind::HostDiskFull]);
         fails_under(ctx, &vm, &path, kind).await?;
@@ -239,9 +243,8 @@ async fn load_too_slow(ctx: &Context) -> Verdict {
 async fn crash_amid(ctx: &Context) -> Verdict {
     let (_, vm, _) = subject(ctx).await?;
     let old = vm.snapshot(SnapshotOptions::default()).await?;
-    let path = ctx.host_path("amid.snap");
     let begun = ctx.now();
-    vm.snapshot(SnapshotOptions::default().with_path(ctx.host_path("timed.snap"))).await?;
+    let path = snapshot_path(ctx, &vm, "amid.snap").await?;
     let usual = ctx.now() - begun;
     let percent = u32::try_from(ctx.draw(0, 100)).unwrap_or(0);
     let ordered = order(
