@@ -10,7 +10,7 @@ use rand_chacha::{
 use std::{
     fmt,
     future::Future,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -32,6 +32,9 @@ pub struct Setup {
     pub faults: Option<Arc<dyn FaultControl>>,
     /// Gives a directory of the guest that a check may write in, without a slash at its end.
     pub scratch: Arc<Scratch>,
+    /// A directory of the host that exists, for snapshots and disks that a check names itself. What it holds at the end
+    /// is no leftover.
+    pub host_dir: PathBuf,
     /// Lists what is left on the host once every handle is dropped; empty where nothing is. It is asked again for a
     /// while before what it says is held against the backend.
     pub leftovers: Arc<dyn Fn() -> Vec<String> + Send + Sync>,
@@ -117,7 +120,7 @@ impl Context {
     #[must_use]
     pub fn host_path(&self, name: &str) -> PathBuf {
         let unique = self.draw(0, u64::MAX);
-        Path::new("/tmp/twinvm-contract").join(format!("{unique:016x}-{name}"))
+        self.setup.host_dir.join(format!("{unique:016x}-{name}"))
     }
 
     /// Draws a number of `low..=high`.

@@ -1,6 +1,7 @@
 //! Where simulated runs take place: under madsim, under tokio with paused time, or under turmoil.
 
 use crate::panics::caught;
+use futures_core::future::BoxFuture;
 use std::{cell::RefCell, fmt, future::Future, rc::Rc, str::FromStr, time::Duration};
 
 /// An environment for simulated runs. All of them are deterministic; they differ in how many schedules they explore.
@@ -77,6 +78,16 @@ impl Environment {
         };
         chosen.available()?;
         Ok(chosen)
+    }
+
+    /// Waits on the virtual clock. To be called inside [`run`](Self::run).
+    #[must_use]
+    pub fn sleep(self, duration: Duration) -> BoxFuture<'static, ()> {
+        match self {
+            #[cfg(madsim)]
+            Self::Madsim => Box::pin(madsim::time::sleep(duration)),
+            _ => Box::pin(tokio::time::sleep(duration)),
+        }
     }
 
     /// Runs the future that `work` makes in a fresh runtime, to its end.
@@ -185,21 +196,15 @@ mod tests {
             let began = Instant::now();
             let output = environment.run(7, move || async move {
                 let (send, receive) = tokio::sync::oneshot::channel();
-                let hour = Duration::from_secs(3600);
+                let hour = environment.sleep(Duration::from_secs(3600));
+                let task = async move {
+                    hour.await;
+                    send.send(42)
+                };
                 match environment {
                     #[cfg(madsim)]
-                    Environment::Madsim => {
-                        madsim::task::spawn(async move {
-                            madsim::time::sleep(hour).await;
-                            send.send(42)
-                        });
-                    }
-                    _ => {
-                        tokio::spawn(async move {
-                            tokio::time::sleep(hour).await;
-                            send.send(42)
-                        });
-                    }
+                    Environment::Madsim => drop(madsim::task::spawn(task)),
+                    _ => drop(tokio::spawn(task)),
                 }
                 receive.await
             });

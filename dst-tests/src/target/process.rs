@@ -99,6 +99,7 @@ impl Target for ProcessTarget {
 
 fn open(env: Arc<dyn Env>, timeline: Option<Arc<Mutex<Vec<String>>>>) -> Result<Opened, String> {
     let base = base_directory().map_err(|error| format!("no directory for the run: {error}"))?;
+    let host = tempfile::tempdir().map_err(|error| format!("no directory for the run: {error}"))?;
     let hypervisor = AgentProgram::find()
         .and_then(|agent| ProcessHypervisor::with_base(agent, base.path()))
         .map_err(|error| error.to_string())?;
@@ -119,8 +120,12 @@ fn open(env: Arc<dyn Env>, timeline: Option<Arc<Mutex<Vec<String>>>>) -> Result<
         backend: Arc::new(core),
         scratch: Arc::new(move |vm| hypervisor.scratch_dir(vm.id()).display().to_string()),
         faults: Some(Arc::new(faults)),
-        // It owns the directory, which is so removed once the run is over.
-        leftovers: Arc::new(move || leftovers(base.path())),
+        host_dir: host.path().to_owned(),
+        // It owns the directories, which are so removed once the run is over.
+        leftovers: Arc::new(move || {
+            let _kept = &host;
+            leftovers(base.path())
+        }),
     })
 }
 

@@ -8,8 +8,8 @@ use crate::{
     panics::PanicSink,
     session::{Limits, judge, keep},
 };
-use std::{sync::Arc, time::Duration};
-use vm_core::fault::FaultKind;
+use std::{path::PathBuf, sync::Arc, time::Duration};
+use vm_core::{fault::FaultKind, host_fs::HostFs};
 use vm_sim::{FaultPlan, SimBackend, Timeline, fault};
 use vm_trait::{Capabilities, VmBackend};
 
@@ -81,7 +81,8 @@ impl Target for SimTarget {
     fn run(&self, clause: &'static Clause, seed: u64, detail: Detail) -> RunReport {
         let sink = PanicSink::default();
         let guard = sink.join();
-        let run = self.environment.run(seed, move || simulate(clause, seed, detail));
+        let environment = self.environment;
+        let run = environment.run(seed, move || simulate(environment, (clause, seed), detail));
         drop(guard);
         let (verdict, mut report) = match run.and_then(|built| built) {
             Ok((broken, report)) => (Ok(broken), report),
@@ -93,8 +94,8 @@ impl Target for SimTarget {
 }
 
 async fn simulate(
-    clause: &'static Clause,
-    seed: u64,
+    environment: Environment,
+    (clause, seed): (&'static Clause, u64),
     detail: Detail,
 ) -> Result<(Option<String>, RunReport), String> {
     let faults = match seed % 2 {
@@ -113,14 +114,19 @@ async fn simulate(
         .build()
         .map_err(|error| error.to_string())?;
     let host = backend.clone();
+    let host_dir = PathBuf::from("/tmp/twinvm-contract");
+    let made = host.host().fs().create_dir_all(&host_dir).await;
+    made.map_err(|error| format!("{}: {error}", host_dir.display()))?;
     let setup = Setup {
         env: backend.env(),
         faults: Some(backend.fault_control()),
         scratch: Arc::new(|_| "/tmp".to_owned()),
+        host_dir,
         leftovers: Arc::new(move || host.ledger().leftovers()),
         backend: Arc::new(backend.clone()),
     };
-    let broken = keep(setup, clause, seed, Limits::SIMULATED).await;
+    let sleep = |duration| environment.sleep(duration);
+    let broken = keep(setup, (clause, seed), Limits::SIMULATED, sleep).await;
     let report = RunReport {
         broken: None,
         faults_fired: backend.fault_control().fired(),

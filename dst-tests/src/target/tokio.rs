@@ -8,7 +8,7 @@ use crate::{
     session::{Limits, judge, keep},
 };
 use futures_core::future::BoxFuture;
-use std::{fmt, future::Future, sync::Arc, time::Duration};
+use std::{fmt, future::Future, path::PathBuf, sync::Arc, time::Duration};
 use tokio::runtime::{self, Runtime};
 use vm_core::{
     env::{Env, TokioEnv},
@@ -37,6 +37,8 @@ pub struct Opened {
     pub backend: Arc<dyn VmBackend>,
     /// Gives a directory of the guest that a check may write in, without a slash at its end.
     pub scratch: Arc<Scratch>,
+    /// A directory of the host that exists, for snapshots and disks.
+    pub host_dir: PathBuf,
     /// How faults are made to happen, where they can be.
     pub faults: Option<Arc<dyn FaultControl>>,
     /// Lists what is left on the host. It must not hold the backend.
@@ -50,6 +52,7 @@ impl Opened {
         Self {
             backend,
             scratch: Arc::new(|_| "/tmp".to_owned()),
+            host_dir: std::env::temp_dir(),
             faults: None,
             leftovers: Arc::new(Vec::new),
         }
@@ -151,9 +154,11 @@ where
                 env,
                 faults: opened.faults,
                 scratch: opened.scratch,
+                host_dir: opened.host_dir,
                 leftovers: opened.leftovers,
             };
-            Ok((keep(setup, clause, seed, limits).await, faults))
+            let broken = keep(setup, (clause, seed), limits, tokio::time::sleep).await;
+            Ok((broken, faults))
         });
         // Tasks that a backend leaves running must not keep the run from ending.
         runtime.shutdown_timeout(Duration::from_secs(5));
