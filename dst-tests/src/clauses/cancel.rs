@@ -276,5 +276,14 @@ async fn anything(ctx: &Context) -> Verdict {
         let attempt = super::lifecycle_table::attempt(ctx, &vm, operation);
         cut(ctx, Duration::from_millis(30), attempt).await;
     }
+    // What was dropped may still be carried out; wait until nothing has changed for a while.
+    let mut last = (vm.state(), ctx.now());
+    until(ctx, "a state that stays", || {
+        if vm.state() != last.0 {
+            last = (vm.state(), ctx.now());
+        }
+        ctx.now() - last.1 > Duration::from_millis(200)
+    })
+    .await?;
     truthful(ctx, &vm, "after dropped operations").await
 }
