@@ -22,7 +22,8 @@ use vm_core::{
     observe::Observer,
 };
 use vm_trait::{
-    Capabilities, HostLimits, RestoreOptions, Snapshot, VmBackend, VmConfig, VmInstance, VmResult,
+    Capabilities, Capability, HostLimits, RestoreOptions, Snapshot, VmBackend, VmConfig,
+    VmInstance, VmResult,
 };
 
 /// The simulated backend: the core of `vm-core` on a simulated host. Clones share everything.
@@ -43,6 +44,7 @@ pub struct SimBackendBuilder {
     programs: Arc<ProgramRegistry>,
     timeline: Timeline,
     yields: Option<Yields>,
+    lacks: Vec<Capability>,
 }
 
 /// A simulation that cannot be built.
@@ -82,6 +84,12 @@ impl SimBackendBuilder {
         self
     }
 
+    /// Takes a capability away, as from a backend that does not have it. Default none.
+    pub fn without(mut self, capability: Capability) -> Self {
+        self.lacks.push(capability);
+        self
+    }
+
     /// Adds programs to every guest.
     pub fn programs(mut self, programs: impl Into<Arc<ProgramRegistry>>) -> Self {
         self.programs = programs.into();
@@ -106,7 +114,9 @@ impl SimBackendBuilder {
     /// # Errors
     /// [`BuildError`] where the plan is no good, or outside a runtime.
     pub fn build(self) -> Result<SimBackend, BuildError> {
-        self.faults.validate()?;
+        let all = Capabilities::all();
+        let capabilities = self.lacks.into_iter().fold(all, Capabilities::without);
+        self.faults.validate_for(&capabilities)?;
         let streams = Arc::new(Streams::new(self.seed));
         let counters = Arc::new(Counters::default());
         let env = SimEnv::new(self.env, Arc::clone(&streams), Arc::clone(&counters), self.yields)?;
@@ -115,7 +125,7 @@ impl SimBackendBuilder {
             Arc::clone(&streams),
             counters,
             Trace::new(self.seed, self.timeline),
-            Engine::new(self.faults, streams),
+            Engine::new(self.faults, streams, capabilities),
             self.programs,
             self.host,
         ));
@@ -237,7 +247,7 @@ struct Control(Arc<World>);
 
 impl FaultControl for Control {
     fn can(&self, kind: FaultKind) -> bool {
-        fault::can(kind)
+        self.0.faults.can(kind)
     }
 
     fn order(&self, order: FaultOrder) -> Result<(), FaultRefused> {

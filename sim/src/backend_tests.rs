@@ -8,8 +8,8 @@ use vm_core::{
     fault::{FaultKind, FaultOrder},
 };
 use vm_trait::{
-    CrashReason, RestoreOptions, SnapshotOptions, StopOptions, VmBackend, VmConfig, VmErrorKind,
-    VmInstance, VmState, WriteOptions,
+    Capability, CrashReason, ForkOptions, RestoreOptions, SnapshotOptions, StopOptions, VmBackend,
+    VmConfig, VmErrorKind, VmInstance, VmState, WriteOptions,
 };
 
 /// Runs in paused tokio time.
@@ -102,6 +102,43 @@ fn it_refuses_to_be_built_without_a_runtime_or_with_a_bad_plan() {
     let plan = FaultPlan::none().with_probability(FaultKind::BootFail, 0.0);
     let refused = in_tokio(async { SimBackend::builder().faults(plan).build() });
     assert!(matches!(refused, Err(BuildError::Plan(_))));
+}
+
+#[test]
+fn a_run_is_a_function_of_its_seed_under_turmoil() {
+    let run = |seed: u64| {
+        let print = Arc::new(std::sync::Mutex::new(0));
+        let result = Arc::clone(&print);
+        let mut host = turmoil::Builder::new()
+            .simulation_duration(Duration::from_secs(3600))
+            .rng_seed(seed)
+            .build();
+        host.client("user", async move {
+            *result.lock().unwrap() = fingerprint(seed).await;
+            Ok(())
+        });
+        host.run().unwrap();
+        *print.lock().unwrap()
+    };
+    for seed in 0..3 {
+        let print = run(seed);
+        assert_ne!(print, 0);
+        assert_eq!(print, run(seed), "seed {seed}");
+        assert_ne!(print, run(seed + 100), "seed {seed}");
+    }
+}
+
+#[test]
+fn what_it_was_built_without_is_unsupported() {
+    in_tokio(async {
+        let sim = SimBackend::builder().without(Capability::Fork).build().unwrap();
+        let vm = started(&sim).await;
+        let error = vm.fork(ForkOptions::new(1)).await.unwrap_err();
+        assert!(matches!(error.kind(), VmErrorKind::Unsupported { .. }), "{error}");
+        assert!(!sim.capabilities().has(Capability::Fork));
+        let order = FaultOrder::next(FaultKind::ForkChildFail);
+        assert!(sim.fault_control().order(order).is_err());
+    });
 }
 
 #[test]

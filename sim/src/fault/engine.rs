@@ -1,6 +1,9 @@
 //! The engine: asked at every occasion, it decides whether a fault happens there.
 
-use super::{FaultPlan, FaultRule, FaultTrigger, can, is_spontaneous, plan::check_amount};
+use super::{
+    FaultPlan, FaultRule, FaultTrigger, is_spontaneous,
+    plan::{check_amount, check_kind},
+};
 use crate::rng::{Streams, spread};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,7 +14,7 @@ use std::{
     time::Duration,
 };
 use vm_core::fault::{FaultKind, FaultOrder, FaultRefused};
-use vm_trait::VmId;
+use vm_trait::{Capabilities, VmId};
 
 /// Which VMs an occasion concerns.
 #[derive(Clone, Copy, Debug)]
@@ -38,6 +41,7 @@ pub(crate) struct Spontaneous {
 
 pub(crate) struct Engine {
     streams: Arc<Streams>,
+    capabilities: Capabilities,
     /// A bit for each kind that could happen: most questions are answered without a lock.
     active: AtomicU64,
     state: Mutex<State>,
@@ -65,15 +69,25 @@ struct OrderState {
 }
 
 impl Engine {
-    pub(crate) fn new(plan: FaultPlan, streams: Arc<Streams>) -> Self {
+    pub(crate) fn new(plan: FaultPlan, streams: Arc<Streams>, capabilities: Capabilities) -> Self {
         let rules: Vec<_> =
             plan.rules.into_iter().map(|rule| RuleState { rule, fired: 0 }).collect();
         let state = State { rules, ..State::default() };
         let active = AtomicU64::new(state.active());
-        Self { streams, active, state: Mutex::new(state) }
+        Self { streams, capabilities, active, state: Mutex::new(state) }
     }
 
-    /// Says whether a fault of this kind could happen at all.
+    /// Says whether this kind can be ordered.
+    pub(crate) fn can(&self, kind: FaultKind) -> bool {
+        check_kind(kind, &self.capabilities).is_ok()
+    }
+
+    /// Gives what the machines can do.
+    pub(crate) fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    /// Says whether a fault of this kind is planned or ordered.
     pub(crate) fn may(&self, kind: FaultKind) -> bool {
         self.active.load(Ordering::Relaxed) & bit(kind) != 0
     }
@@ -135,8 +149,8 @@ impl Engine {
     pub(crate) fn order(&self, order: FaultOrder, now: Duration) -> Result<(), FaultRefused> {
         let refuse =
             |reason: &str| Err(FaultRefused { kind: order.kind, reason: reason.to_owned() });
-        if !can(order.kind) {
-            return refuse("the simulator has no such fault");
+        if let Err(reason) = check_kind(order.kind, &self.capabilities) {
+            return refuse(&reason);
         }
         if let Err(reason) = check_amount(order.kind, order.amount) {
             return refuse(&reason);
@@ -302,7 +316,7 @@ mod tests {
     const VM: VmId = VmId(1);
 
     fn engine(plan: FaultPlan) -> Engine {
-        Engine::new(plan, Arc::new(Streams::new(1)))
+        Engine::new(plan, Arc::new(Streams::new(1)), Capabilities::all())
     }
 
     fn any_kind() -> impl Strategy<Value = FaultKind> {

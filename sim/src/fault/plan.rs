@@ -6,6 +6,7 @@ use rand_chacha::rand_core::Rng;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 use vm_core::fault::{FaultKind, FaultScope};
+use vm_trait::{Capabilities, Capability};
 
 /// Which faults are to happen in a run, and when. Plain data: it can be stored, changed and shrunk.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -127,13 +128,25 @@ impl FaultPlan {
         Self { rules }
     }
 
-    /// Checks that every rule can fire.
+    /// Checks that every rule can fire on machines that can do everything.
     ///
     /// # Errors
     /// [`PlanError`] for the first that cannot.
     pub fn validate(&self) -> Result<(), PlanError> {
+        self.validate_for(&Capabilities::all())
+    }
+
+    /// Checks that every rule can fire on machines that can do this.
+    ///
+    /// # Errors
+    /// [`PlanError`] for the first that cannot.
+    pub fn validate_for(&self, capabilities: &Capabilities) -> Result<(), PlanError> {
         for (index, rule) in self.rules.iter().enumerate() {
-            rule.validate().map_err(|reason| PlanError { rule: index, kind: rule.kind, reason })?;
+            rule.validate(capabilities).map_err(|reason| PlanError {
+                rule: index,
+                kind: rule.kind,
+                reason,
+            })?;
         }
         Ok(())
     }
@@ -160,10 +173,8 @@ impl FaultRule {
         self
     }
 
-    fn validate(&self) -> Result<(), String> {
-        if !can(self.kind) {
-            return Err("the simulator has no such fault".to_owned());
-        }
+    fn validate(&self, capabilities: &Capabilities) -> Result<(), String> {
+        check_kind(self.kind, capabilities)?;
         check_amount(self.kind, self.amount)?;
         if self.limit == Some(0) {
             return Err("its limit is 0".to_owned());
@@ -183,6 +194,26 @@ impl FaultRule {
             }
         }
     }
+}
+
+/// Refuses a kind that has no occasion on machines that can do this.
+pub(crate) fn check_kind(kind: FaultKind, capabilities: &Capabilities) -> Result<(), String> {
+    if !can(kind) {
+        return Err("the simulator has no such fault".to_owned());
+    }
+    let needed = match kind.scope() {
+        FaultScope::Exec => Capability::Exec,
+        FaultScope::File => Capability::Files,
+        FaultScope::Pause | FaultScope::Resume => Capability::Pause,
+        FaultScope::Snapshot | FaultScope::Restore => Capability::Snapshot,
+        FaultScope::Fork => Capability::Fork,
+        FaultScope::Clock => Capability::GuestKernel,
+        _ => return Ok(()),
+    };
+    if capabilities.has(needed) {
+        return Ok(());
+    }
+    Err(format!("the backend was built without the capability `{needed}`"))
 }
 
 /// Refuses an amount that would make the fault no fault.
@@ -266,6 +297,14 @@ mod tests {
             let bytes = postcard::to_allocvec(&plan).unwrap();
             prop_assert_eq!(postcard::from_bytes::<FaultPlan>(&bytes).unwrap(), plan);
         }
+    }
+
+    #[test]
+    fn rules_for_what_the_machines_cannot_do_are_refused() {
+        let plan = FaultPlan::none().with_occasion(FaultKind::ForkChildFail, 1);
+        assert_eq!(plan.validate(), Ok(()));
+        let bare = Capabilities::all().without(Capability::Fork);
+        assert_eq!(plan.validate_for(&bare).unwrap_err().kind, FaultKind::ForkChildFail);
     }
 
     #[test]

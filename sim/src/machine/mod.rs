@@ -62,7 +62,8 @@ pub struct SimHypervisor {
 
 impl SimHypervisor {
     pub(crate) fn new(world: Arc<World>) -> Self {
-        Self { world, capabilities: Capabilities::all() }
+        let capabilities = world.faults.capabilities().clone();
+        Self { world, capabilities }
     }
 }
 
