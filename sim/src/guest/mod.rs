@@ -18,11 +18,14 @@
 
 mod agent_os;
 mod applets;
+mod descriptors;
 pub mod disk;
 mod entropy;
 pub mod fault;
 mod image;
 mod kernel;
+mod names;
+mod path_calls;
 mod pipe;
 mod proc_fs;
 mod process;
