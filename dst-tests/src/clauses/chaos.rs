@@ -8,8 +8,8 @@ use crate::{
     ensure, ensure_err,
 };
 use bytes::Bytes;
-use futures_util::future::join_all;
-use std::{sync::Arc, time::Duration};
+use futures_util::future::{Either, join_all, select};
+use std::{convert::Infallible, pin::pin, sync::Arc, time::Duration};
 use vm_core::fault::{FaultKind, FaultOrder, FaultScope};
 use vm_trait::{
     Capability, GuestFileError, Operation, RestoreOptions, Snapshot, SnapshotOptions, VmConfig,
@@ -397,7 +397,11 @@ async fn concurrent(ctx: &Context) -> Verdict {
             .iter()
             .map(|operation| super::lifecycle_table::attempt(ctx, &vm, *operation));
         let all = limit(&vm) * u32::try_from(operations.len()).unwrap_or(1);
-        let outcomes = ctx.within(all, "operations at the same time", join_all(calls)).await?;
+        let calls = select(join_all(calls), pin!(resume_again(ctx, &vm)));
+        let outcomes = match ctx.within(all, "operations at the same time", calls).await? {
+            Either::Left((outcomes, _)) => outcomes,
+            Either::Right((never, _)) => match never {},
+        };
         for (operation, outcome) in operations.iter().zip(&outcomes) {
             // A snapshot that was taken is deleted on the host, a child that was made is killed.
             judge(*operation, outcome, disturbed, false)?;
@@ -406,6 +410,16 @@ async fn concurrent(ctx: &Context) -> Verdict {
     }
     bring_back(ctx, &vm, faults).await?;
     nothing_left(ctx, vm).await
+}
+
+/// Lets the guest run on whenever it stands still for long: a program under way in it cannot end before.
+async fn resume_again(ctx: &Context, vm: &Vm) -> Infallible {
+    loop {
+        ctx.sleep(Duration::from_secs(1)).await;
+        if vm.state() == VmState::Paused {
+            vm.resume().await.ok();
+        }
+    }
 }
 
 async fn dropped(ctx: &Context) -> Verdict {
@@ -443,6 +457,8 @@ async fn dropped(ctx: &Context) -> Verdict {
         let attempt = super::lifecycle_table::attempt(ctx, &vm, operation);
         cut(ctx, Duration::from_millis(40), attempt).await;
     }
+    // A program in a guest that was left paused would not end by itself.
+    ctx.within(limit(&vm), "kill amid calls", vm.kill()).await??;
     ctx.within(LONG, "the calls beside", beside.join()).await???;
     bring_back(ctx, &vm, faults).await?;
     nothing_left(ctx, vm).await
