@@ -238,7 +238,7 @@ async fn anything(sim: &SimBackend) {
         let _ = vm.resume().await;
         if let Ok(snapshot) = vm.snapshot(SnapshotOptions::default()).await {
             if let Ok(twin) = sim.restore(&snapshot, RestoreOptions::running()).await {
-                let _ = twin.exec(echo()).await;
+                let _ = twin.exec(echo().timeout(Duration::from_secs(60))).await;
             }
             let _ = sim.delete_snapshot(&snapshot).await;
         }
