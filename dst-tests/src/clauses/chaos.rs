@@ -397,7 +397,8 @@ async fn concurrent(ctx: &Context) -> Verdict {
             .iter()
             .map(|operation| super::lifecycle_table::attempt(ctx, &vm, *operation));
         let all = limit(&vm) * u32::try_from(operations.len()).unwrap_or(1);
-        let calls = select(join_all(calls), pin!(resume_again(ctx, &vm)));
+        let again = pin!(resume_again(ctx, &vm));
+        let calls = select(join_all(calls), again);
         let outcomes = match ctx.within(all, "operations at the same time", calls).await? {
             Either::Left((outcomes, _)) => outcomes,
             Either::Right((never, _)) => match never {},

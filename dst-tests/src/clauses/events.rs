@@ -30,7 +30,8 @@ pub(super) const CLAUSES: &[Clause] = &[
         "the loss of the connection to the agent is told, and its return", [Exec], faults: [LinkDisconnect]),
     clause!(slow_reader, "events.slow_reader_is_told",
         "a reader that is too slow is told how many events it missed, and gets the newest ones",
-        [Exec], faults: []),
+        [Exec], faults: [])
+    .undisturbed(),
     clause!(end_of_events, "events.end_with_the_machine",
         "the events end once the last handle is dropped, and not before", [], faults: []),
 ];
