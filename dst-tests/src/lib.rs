@@ -17,7 +17,7 @@
 //!
 //! | module | what it holds |
 //! | --- | --- |
-//! | [`clause`] | [`Clause`](clause::Clause): a promise as data and a check |
+//! | [`clause`](mod@clause) | [`Clause`](clause::Clause): a promise as data and a check |
 //! | [`context`] | what a check has at hand: the backend, generated inputs, time, faults |
 //! | [`clauses`] | the clauses themselves, by group |
 //! | [`honesty`] | the clauses that bind a backend to answer `Unsupported` |
@@ -30,7 +30,7 @@
 //! | [`contract`] | the contract as a test program |
 //! | [`contract_doc`] | the contract as a document |
 //! | [`seeds`], [`filter`] | choosing seeds and clauses |
-//! | [`bench`] | measuring the simulator |
+//! | [`bench`](mod@bench) | measuring the simulator |
 //! | [`panics`] | catching panics |
 #![forbid(unsafe_code)]
 

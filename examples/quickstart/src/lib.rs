@@ -1,15 +1,16 @@
-//! A program that runs work in virtual machines and depends on `vm-trait` alone. `tests/quickstart.rs` is the README's
-//! example.
+//! The example of the README: `tests/quickstart.rs` is the same text, run as a test.
 #![forbid(unsafe_code)]
 
-use vm_trait::{VmInstance, VmInstanceExt, VmResult};
-
-/// Greets from inside a machine, and leaves the greeting in a file there.
-///
-/// # Errors
-/// The machine's.
-pub async fn greet(vm: &dyn VmInstance, whom: &str) -> VmResult<String> {
-    let greeting = vm.run("echo", ["hello", whom]).await?.stdout_text();
-    vm.write("/tmp/greeting", greeting.clone()).await?;
-    Ok(greeting)
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_readme_shows_the_test() {
+        let readme = include_str!("../../../README.md");
+        let test = include_str!("../tests/quickstart.rs");
+        // All but the line that documents the test program.
+        let (_, example) = test.split_once("\n\n").expect("a heading");
+        let shown = readme.contains(&format!("```rust\n{example}```\n"));
+        assert!(shown, "README.md does not show tests/quickstart.rs");
+        assert!(example.lines().count() <= 20, "{} lines", example.lines().count());
+    }
 }
