@@ -107,13 +107,19 @@ impl Engine {
         self.active.load(Ordering::Relaxed) & SPONTANEOUS_BITS != 0
     }
 
-    /// Takes the faults that befall this running machine now. `delivery` says whether it was just sent something,
-    /// which is what rules by probability and by count go by.
-    pub(crate) fn befall(&self, vm: VmId, now: Duration, delivery: bool) -> Vec<Spontaneous> {
+    /// Takes the faults that befall this machine now. `delivery` says whether it was just sent something, which is what
+    /// rules by probability and by count go by. Where the guest does not run, only what comes from outside befalls it.
+    pub(crate) fn befall(
+        &self,
+        vm: VmId,
+        now: Duration,
+        delivery: bool,
+        runs: bool,
+    ) -> Vec<Spontaneous> {
         let mut happened = Vec::new();
         let mut state = self.lock();
         let due = |order: &OrderState| {
-            is_spontaneous(order.order.kind)
+            may_strike(order.order.kind, runs)
                 && order.due <= now
                 && order.order.vm.is_none_or(|wanted| wanted == vm)
         };
@@ -123,7 +129,7 @@ impl Engine {
             let fired = self.fire(&mut state, order.kind, amount);
             happened.push(Spontaneous { kind: order.kind, fired });
         }
-        for kind in FaultKind::ALL.iter().copied().filter(|kind| is_spontaneous(*kind)) {
+        for kind in FaultKind::ALL.iter().copied().filter(|kind| may_strike(*kind, runs)) {
             if let Some(amount) = state.match_rules(kind, now, &self.streams, delivery) {
                 let fired = self.fire(&mut state, kind, amount);
                 happened.push(Spontaneous { kind, fired });
@@ -133,12 +139,12 @@ impl Engine {
     }
 
     /// Gives the next time at which a fault befalls this machine by itself.
-    pub(crate) fn next_befalling(&self, vm: VmId) -> Option<Duration> {
+    pub(crate) fn next_befalling(&self, vm: VmId, runs: bool) -> Option<Duration> {
         let state = self.lock();
-        let orders = state.orders.iter().filter(|order| is_spontaneous(order.order.kind));
+        let orders = state.orders.iter().filter(|order| may_strike(order.order.kind, runs));
         let orders = orders.filter(|order| order.order.vm.is_none_or(|wanted| wanted == vm));
         let rules =
-            state.rules.iter().filter(|rule| rule.is_alive() && is_spontaneous(rule.rule.kind));
+            state.rules.iter().filter(|rule| rule.is_alive() && may_strike(rule.rule.kind, runs));
         let times = rules.filter_map(|rule| match rule.rule.when {
             FaultTrigger::At(at) => Some(at),
             _ => None,
@@ -283,6 +289,12 @@ impl Fired {
     }
 }
 
+/// Says whether a kind can befall a machine by itself: any such kind while its guest runs, else what comes from outside.
+fn may_strike(kind: FaultKind, runs: bool) -> bool {
+    let from_outside = matches!(kind, FaultKind::VmmKilled | FaultKind::HostLost);
+    is_spontaneous(kind) && (runs || from_outside)
+}
+
 fn bit(kind: FaultKind) -> u64 {
     1 << kind as u32
 }
@@ -368,7 +380,7 @@ mod tests {
             let fires = |now: u64| {
                 let now = Duration::from_secs(now);
                 if is_spontaneous(kind) {
-                    engine.befall(VM, now, false).len() == 1
+                    engine.befall(VM, now, false, true).len() == 1
                 } else {
                     engine.occasion(kind, Vms::One(VM), now).is_some()
                 }

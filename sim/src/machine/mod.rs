@@ -237,6 +237,10 @@ impl SimMachine {
         if let Some(guest) = &mut state.guest {
             guest.freeze(now);
         }
+        drop(state);
+        if self.world().faults.may_befall() {
+            self.0.wake_driver();
+        }
         self.0.note(3, || "vCPUs stand still".to_owned());
         Ok(())
     }

@@ -294,8 +294,10 @@ impl Shared {
         now: Duration,
         aftermath: &mut Aftermath,
     ) -> Option<Duration> {
-        if state.status != MachineStatus::Running {
-            return None;
+        match state.status {
+            MachineStatus::Running => {}
+            MachineStatus::Paused => return self.stand_still(state, now, aftermath),
+            MachineStatus::Fresh | MachineStatus::Ended => return None,
         }
         let guest = state.guest.as_mut()?;
         let mut progress =
@@ -305,7 +307,7 @@ impl Shared {
         self.world.trace.record(now, Some(self.spec.vm), Tag::Clock, &[clock], &[], String::new);
         if self.world.faults.may_befall() && guest.listens() && progress.exit.is_none() {
             self.befall(state, now, &mut progress, aftermath);
-            next = earliest(next, self.world.faults.next_befalling(self.spec.vm));
+            next = earliest(next, self.world.faults.next_befalling(self.spec.vm, true));
         }
         self.note_console(&mut state.console, now);
         if let Some(exit) = progress.exit {
@@ -321,7 +323,26 @@ impl Shared {
         earliest(next, self.world.dies_at())
     }
 
-    /// Lets faults befall the running machine.
+    /// Lets only what comes from outside happen to a paused machine.
+    fn stand_still(
+        &self,
+        state: &mut State,
+        now: Duration,
+        aftermath: &mut Aftermath,
+    ) -> Option<Duration> {
+        if !self.world.faults.may_befall() || !state.guest.as_ref()?.listens() {
+            return None;
+        }
+        let mut progress = Progress::default();
+        self.befall(state, now, &mut progress, aftermath);
+        if let Some(exit) = progress.exit {
+            self.finish(state, exit);
+            return None;
+        }
+        self.world.faults.next_befalling(self.spec.vm, false)
+    }
+
+    /// Lets faults befall the machine.
     fn befall(
         &self,
         state: &mut State,
@@ -329,7 +350,8 @@ impl Shared {
         progress: &mut Progress,
         aftermath: &mut Aftermath,
     ) {
-        for fault in self.world.faults.befall(self.spec.vm, now, progress.delivered) {
+        let runs = state.status == MachineStatus::Running;
+        for fault in self.world.faults.befall(self.spec.vm, now, progress.delivered, runs) {
             self.world.note_fault(Some(self.spec.vm), fault.kind, &fault.fired);
             let Some(guest) = &mut state.guest else { return };
             match fault.kind {
