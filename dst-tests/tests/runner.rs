@@ -182,14 +182,12 @@ fn every_lie_about_a_missing_capability_is_caught() {
         if *capability == Capability::Disks {
             continue;
         }
-        let honest =
-            TokioTarget::new("honest", lacks_all.clone(), || async { lying::backend(None) });
+        let honest = TokioTarget::new("honest", lacks_all, || async { lying::backend(None) });
         let summary = run(Arc::new(honest), &[clause], 2);
         assert!(summary.passed(), "{}: {:?}", clause.id, summary.failures);
         let lie = *capability;
-        let liar = TokioTarget::new("liar", lacks_all.clone(), move || async move {
-            lying::backend(Some(lie))
-        });
+        let liar =
+            TokioTarget::new("liar", lacks_all, move || async move { lying::backend(Some(lie)) });
         let summary = run(Arc::new(liar), &[clause], 1);
         assert_eq!(summary.failed, 1, "{} did not see the lie", clause.id);
     }

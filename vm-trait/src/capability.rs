@@ -1,7 +1,7 @@
 //! What a backend can do, so that nothing has to be tried to find out.
 
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeSet, fmt};
+use std::fmt;
 
 /// One thing that a backend may or may not be able to do.
 ///
@@ -89,8 +89,9 @@ impl fmt::Display for Capability {
 /// assert!(caps.has(Capability::Exec));
 /// assert!(!caps.has(Capability::Fork));
 /// ```
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Capabilities(BTreeSet<Capability>);
+#[derive(Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "Vec<Capability>", into = "Vec<Capability>")]
+pub struct Capabilities(u32);
 
 impl Capabilities {
     /// Makes the set of every capability.
@@ -101,32 +102,82 @@ impl Capabilities {
 
     /// Says whether `capability` is in the set.
     #[must_use]
-    pub fn has(&self, capability: Capability) -> bool {
-        self.0.contains(&capability)
+    pub fn has(self, capability: Capability) -> bool {
+        self.0 & bit(capability) != 0
     }
 
     /// Takes `capability` out of the set.
     #[must_use]
-    pub fn without(mut self, capability: Capability) -> Self {
-        self.0.remove(&capability);
-        self
+    pub fn without(self, capability: Capability) -> Self {
+        Self(self.0 & !bit(capability))
     }
 
     /// Puts `capability` into the set.
     #[must_use]
-    pub fn with(mut self, capability: Capability) -> Self {
-        self.0.insert(capability);
-        self
+    pub fn with(self, capability: Capability) -> Self {
+        Self(self.0 | bit(capability))
     }
 
-    /// Walks through the set in its fixed order.
-    pub fn iter(&self) -> impl Iterator<Item = Capability> + '_ {
-        self.0.iter().copied()
+    /// Walks through the set in the order of [`Capability::ALL`].
+    pub fn iter(self) -> impl Iterator<Item = Capability> {
+        Capability::ALL.iter().copied().filter(move |capability| self.has(*capability))
+    }
+}
+
+fn bit(capability: Capability) -> u32 {
+    1 << capability as u32
+}
+
+impl fmt::Debug for Capabilities {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.iter()).finish()
+    }
+}
+
+impl From<Vec<Capability>> for Capabilities {
+    fn from(list: Vec<Capability>) -> Self {
+        list.into_iter().collect()
+    }
+}
+
+impl From<Capabilities> for Vec<Capability> {
+    fn from(set: Capabilities) -> Self {
+        set.iter().collect()
     }
 }
 
 impl FromIterator<Capability> for Capabilities {
     fn from_iter<I: IntoIterator<Item = Capability>>(iter: I) -> Self {
-        Self(iter.into_iter().collect())
+        iter.into_iter().fold(Self::default(), Self::with)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    proptest! {
+        #[test]
+        fn a_set_holds_what_was_put_into_it(
+            put in prop::collection::vec((0..Capability::ALL.len(), any::<bool>()), 0..30),
+        ) {
+            let mut set = Capabilities::default();
+            let mut model = BTreeSet::new();
+            for (index, insert) in put {
+                let capability = Capability::ALL[index];
+                if insert {
+                    set = set.with(capability);
+                    model.insert(capability);
+                } else {
+                    set = set.without(capability);
+                    model.remove(&capability);
+                }
+            }
+            prop_assert_eq!(set.iter().collect::<BTreeSet<_>>(), model);
+            let text = serde_json::to_string(&set).unwrap();
+            prop_assert_eq!(serde_json::from_str::<Capabilities>(&text).unwrap(), set);
+        }
     }
 }

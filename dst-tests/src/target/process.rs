@@ -60,7 +60,7 @@ impl Target for ProcessTarget {
     }
 
     fn capabilities(&self) -> Capabilities {
-        self.capabilities.clone()
+        self.capabilities
     }
 
     fn can_fault(&self, kind: FaultKind) -> bool {

@@ -194,7 +194,7 @@ impl Target for TokioTarget {
     }
 
     fn capabilities(&self) -> Capabilities {
-        self.capabilities.clone()
+        self.capabilities
     }
 
     fn can_fault(&self, kind: FaultKind) -> bool {

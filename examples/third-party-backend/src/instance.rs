@@ -129,7 +129,7 @@ impl VmInstance for MemoryVm {
     }
 
     fn capabilities(&self) -> Capabilities {
-        self.capabilities.clone()
+        self.capabilities
     }
 
     async fn start(&self) -> VmResult<()> {

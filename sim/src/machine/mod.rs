@@ -62,7 +62,7 @@ pub struct SimHypervisor {
 
 impl SimHypervisor {
     pub(crate) fn new(world: Arc<World>) -> Self {
-        let capabilities = world.faults.capabilities().clone();
+        let capabilities = *world.faults.capabilities();
         Self { world, capabilities }
     }
 }
@@ -78,7 +78,7 @@ impl Hypervisor for SimHypervisor {
     }
 
     fn capabilities(&self) -> Capabilities {
-        self.capabilities.clone()
+        self.capabilities
     }
 
     fn limits(&self) -> HostLimits {
