@@ -185,6 +185,11 @@ impl AgentClient {
         Ok(self.inner.parts.env.now().saturating_sub(began))
     }
 
+    /// Has the link send what it was left to send at leisure.
+    pub(crate) fn flush(&self) {
+        self.inner.lock().wake_link();
+    }
+
     pub(crate) fn counters(&self) -> ClientCounters {
         let state = self.inner.lock();
         ClientCounters {
@@ -407,8 +412,13 @@ impl Drop for StreamGuard {
     fn drop(&mut self) {
         let inner = &self.client.inner;
         let mut state = inner.lock();
-        if state.streams.remove(&self.id).is_some() && !state.shutting_down {
-            inner.send(&mut state, self.id, &Frame::Close);
+        let Some(stream) = state.streams.remove(&self.id) else { return };
+        if state.shutting_down {
+            return;
+        }
+        inner.send(&mut state, self.id, &Frame::Close);
+        // The agent only forgets a stream that has ended: that may travel with the next request.
+        if !matches!(stream.end, Some(End::Done(_) | End::Failed(_) | End::Exited(_))) {
             state.wake_link();
         }
     }

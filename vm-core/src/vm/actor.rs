@@ -25,11 +25,13 @@ use vm_trait::{
 
 /// What the actor is asked to do.
 pub(crate) enum Work {
-    Start,
+    Start(Token),
     Pause,
     Resume,
     Snapshot(SnapshotOptions),
-    Restore(Saved, RestoreOptions),
+    Restore(Saved, RestoreOptions, Token),
+    /// The caller of a start or restore went away before it learnt that it was done.
+    Undo(Token),
     Fork(ForkOptions),
     /// Take over a machine that was forked from another VM's.
     Adopt {
@@ -41,6 +43,10 @@ pub(crate) enum Work {
     /// The last handle was dropped.
     Dispose,
 }
+
+/// Names one call of start or restore.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Token(pub(super) u64);
 
 /// What comes of it.
 pub(crate) enum Answer {
@@ -77,6 +83,8 @@ pub(super) struct Actor {
     pub(super) exit: Option<BoxFuture<'static, MachineExit>>,
     /// The guest was restored or forked and has neither been reseeded nor had its clock set.
     pub(super) stale_guest: bool,
+    /// Which call began the machine's present or last life.
+    brought_up_by: Option<Token>,
 }
 
 enum Next {
@@ -91,14 +99,14 @@ impl Work {
 
     fn operation(&self) -> Operation {
         match self {
-            Self::Start => Operation::Start,
+            Self::Start(_) => Operation::Start,
             Self::Pause => Operation::Pause,
             Self::Resume => Operation::Resume,
             Self::Snapshot(_) => Operation::Snapshot,
             Self::Restore(..) | Self::Adopt { .. } => Operation::Restore,
             Self::Fork(_) => Operation::Fork,
             Self::Stop(_) => Operation::Stop,
-            Self::Kill | Self::Dispose => Operation::Kill,
+            Self::Undo(_) | Self::Kill | Self::Dispose => Operation::Kill,
         }
     }
 }
@@ -111,7 +119,7 @@ impl Command {
 
 impl Actor {
     pub(super) fn new(core: Arc<Core>) -> Self {
-        Self { core, exit: None, stale_guest: false }
+        Self { core, exit: None, stale_guest: false, brought_up_by: None }
     }
 
     pub(super) async fn run(mut self) {
@@ -154,14 +162,18 @@ impl Actor {
         let done = |done: Result<(), VmErrorKind>| done.map(|()| Answer::Done);
         let answer = match (admitted, work) {
             (Err(kind), _) => Err(kind),
-            (Ok(()), Work::Start) => done(Box::pin(self.start(&mut reply)).await),
+            (Ok(()), Work::Start(token)) => {
+                self.brought_up_by = Some(token);
+                done(Box::pin(self.start(&mut reply)).await)
+            }
             (Ok(()), Work::Pause) => done(self.pause().await),
             (Ok(()), Work::Resume) => done(self.resume().await),
             (Ok(()), Work::Snapshot(options)) => {
                 let taken = Box::pin(self.snapshot(&mut reply, options)).await;
                 taken.map(|snapshot| Answer::Snapshot(Box::new(snapshot)))
             }
-            (Ok(()), Work::Restore(saved, options)) => {
+            (Ok(()), Work::Restore(saved, options, token)) => {
+                self.brought_up_by = Some(token);
                 done(Box::pin(self.restore(&mut reply, saved, options)).await)
             }
             (Ok(()), Work::Fork(options)) => {
@@ -170,8 +182,9 @@ impl Actor {
             (Ok(()), Work::Adopt { machine, resume }) => {
                 done(Box::pin(self.revive(&mut reply, Origin::Forked(machine), resume)).await)
             }
+            (Ok(()), Work::Undo(token)) if self.brought_up_by != Some(token) => Ok(Answer::Done),
             (Ok(()), Work::Stop(options)) => done(self.stop(&options).await),
-            (Ok(()), Work::Kill | Work::Dispose) => done(self.end_by_force().await),
+            (Ok(()), Work::Undo(_) | Work::Kill | Work::Dispose) => done(self.end_by_force().await),
         };
         // A caller that is gone does not need its answer.
         let _ = reply.send(answer);

@@ -1,7 +1,7 @@
 //! What the handle and the actor of one machine share.
 
 use super::{
-    actor::{Actor, Command, Work},
+    actor::{Actor, Command, Token, Work},
     events::Subscribers,
 };
 use crate::{
@@ -51,6 +51,7 @@ pub(super) struct Shared {
     pub(super) subscribers: Subscribers,
     pub(super) lives: u64,
     calls: u64,
+    tokens: u64,
 }
 
 impl Core {
@@ -77,6 +78,7 @@ impl Core {
                 subscribers: Subscribers::default(),
                 lives: 0,
                 calls: 0,
+                tokens: 0,
             }),
             _live: live,
         });
@@ -173,6 +175,13 @@ impl Core {
             Poll::Pending
         })
         .await
+    }
+
+    /// Names a call of start or restore.
+    pub(super) fn next_token(&self) -> Token {
+        let mut shared = self.lock();
+        shared.tokens += 1;
+        Token(shared.tokens)
     }
 
     /// Begins the account of an operation.

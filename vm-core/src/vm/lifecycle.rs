@@ -229,6 +229,10 @@ impl Actor {
     /// Stops the vCPUs without a change of state.
     pub(super) async fn hold(&mut self) -> Result<(), VmErrorKind> {
         let machine = self.machine()?;
+        let client = self.core.lock().client.clone();
+        if let Some(client) = client {
+            client.flush();
+        }
         let after = self.core.config.timeouts.pause;
         let kind = match self.insist(after, async { machine.pause().await }).await {
             Ok(Ok(())) => {

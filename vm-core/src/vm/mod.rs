@@ -12,7 +12,7 @@ mod lifecycle;
 pub(crate) use self::capture::{Saved, compatible_with};
 
 use self::{
-    actor::{Answer, Command, Work},
+    actor::{Answer, Command, Token, Work},
     core::{Call, Core},
 };
 use crate::{agent::AgentClient, backend::Parts};
@@ -48,7 +48,7 @@ impl CoreVm {
         saved: Saved,
         options: RestoreOptions,
     ) -> Result<(), VmErrorKind> {
-        self.ask(Work::Restore(saved, options)).await.map(drop)
+        self.bring_up(|token| Work::Restore(saved, options, token)).await
     }
 
     /// Has the actor do something, in order of arrival.
@@ -58,6 +58,15 @@ impl CoreVm {
         answer.await.unwrap_or_else(|_| {
             Err(VmErrorKind::Internal { detail: "the machine's task is gone".to_owned() })
         })
+    }
+
+    /// Has the actor start or restore the machine, and undo that if the caller goes away before it learns of it.
+    async fn bring_up(&self, work: impl FnOnce(Token) -> Work) -> Result<(), VmErrorKind> {
+        let token = self.core.next_token();
+        let undo = Undo { core: &self.core, token: Some(token) };
+        let done = self.ask(work(token)).await.map(drop);
+        undo.disarm();
+        done
     }
 
     async fn ask_for_nothing(
@@ -113,7 +122,7 @@ impl VmInstance for CoreVm {
 
     async fn start(&self) -> VmResult<()> {
         let call = self.core.call(Operation::Start, "");
-        self.ask_for_nothing(call, None, Work::Start).await
+        call.end(self.bring_up(Work::Start).await)
     }
 
     async fn stop(&self, options: StopOptions) -> VmResult<()> {
@@ -289,8 +298,14 @@ impl VmInstance for CoreVm {
 
     async fn restore(&self, snapshot: &Snapshot, options: RestoreOptions) -> VmResult<()> {
         let call = self.core.call(Operation::Restore, "");
-        let work = Work::Restore(Saved::File(snapshot.path.clone()), options);
-        self.ask_for_nothing(call, Some(Capability::RestoreInPlace), work).await
+        let restored = match self.core.require(Capability::RestoreInPlace) {
+            Ok(()) => {
+                let saved = Saved::File(snapshot.path.clone());
+                self.bring_up(|token| Work::Restore(saved, options, token)).await
+            }
+            Err(kind) => Err(kind),
+        };
+        call.end(restored)
     }
 
     async fn fork(&self, options: ForkOptions) -> VmResult<Vec<VmResult<Arc<dyn VmInstance>>>> {
@@ -378,6 +393,27 @@ impl fmt::Debug for CoreVm {
             .field("id", &self.core.id)
             .field("state", &self.state())
             .finish_non_exhaustive()
+    }
+}
+
+/// Undoes a start or restore when it is dropped.
+struct Undo<'a> {
+    core: &'a Core,
+    token: Option<Token>,
+}
+
+impl Undo<'_> {
+    fn disarm(mut self) {
+        self.token = None;
+    }
+}
+
+impl Drop for Undo<'_> {
+    fn drop(&mut self) {
+        if let Some(token) = self.token {
+            let (reply, _) = oneshot::channel();
+            self.core.enqueue(Command { work: Work::Undo(token), reply });
+        }
     }
 }
 

@@ -124,6 +124,10 @@ impl From<io::Error> for Problem {
     }
 }
 
+/// Simulated runs allocate often and in small pieces; see `vmdst bench`.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     vm_backend_process::run_agent_if_asked();
     let cli = Cli::parse();
