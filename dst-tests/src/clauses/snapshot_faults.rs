@@ -262,7 +262,13 @@ async fn crash_amid(ctx: &Context) -> Verdict {
             ctx.backend().delete_snapshot(&snapshot).await?;
         }
         refused => {
-            ensure_err!(refused, VmErrorKind::VmmCrashed { .. }, "a snapshot cut short by a crash");
+            // The machine may have died before its turn came.
+            ensure_err!(
+                refused,
+                VmErrorKind::VmmCrashed { .. }
+                    | VmErrorKind::InvalidState { state: VmState::Crashed(CrashReason::VmmDied) },
+                "a snapshot cut short by a crash"
+            );
             nothing_at(ctx, &path, &old).await?;
         }
     }
