@@ -14,7 +14,7 @@
 //! | [`state`] | [`VmState`] and the one pure function that decides every transition |
 //! | [`config`] | [`VmConfig`], its validation and limits |
 //! | [`exec`] | requests, outputs and running guest processes |
-//! | [`file`] | guest files: metadata, entries, options |
+//! | [`file`](mod@file) | guest files: metadata, entries, options |
 //! | [`snapshot`] | snapshot handles, metadata and options |
 //! | [`metrics`] | counters and boot-stage times |
 //! | [`event`] | what a VM reports unasked |
