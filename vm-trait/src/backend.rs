@@ -12,6 +12,24 @@ use bytes::Bytes;
 use std::{fmt, sync::Arc};
 
 /// A kind of virtual machine on this host.
+///
+/// ```
+/// # use vm_sim::SimBackend;
+/// # use vm_trait::*;
+/// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+/// # async fn main() -> VmResult<()> {
+/// # let backend = SimBackend::builder().seed(1).build().expect("inside a runtime");
+/// # let vm = backend.create(VmConfig::default()).await?;
+/// # vm.start().await?;
+/// let snapshot = vm.snapshot(SnapshotOptions::default()).await?;
+/// let bytes = backend.export_snapshot(&snapshot).await?;
+/// let copy = backend.import_snapshot(bytes).await?;
+/// let other = backend.restore(&copy, RestoreOptions::running()).await?;
+/// assert_ne!(other.id(), vm.id());
+/// backend.delete_snapshot(&copy).await?;
+/// # Ok(())
+/// # }
+/// ```
 #[async_trait]
 pub trait VmBackend: Send + Sync + fmt::Debug {
     /// Gives the backend's short name (`sim`, `kvm`, `libkrun`).

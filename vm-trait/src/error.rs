@@ -14,6 +14,22 @@ pub type VmResult<T> = Result<T, VmError>;
 /// An operation that failed: what was attempted, on which VM, how, and why.
 ///
 /// Branch on [`kind`](Self::kind); the text is for people.
+///
+/// ```
+/// # use vm_sim::SimBackend;
+/// # use vm_trait::*;
+/// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+/// # async fn main() -> VmResult<()> {
+/// # let backend = SimBackend::builder().seed(1).build().expect("inside a runtime");
+/// # let vm = backend.create(VmConfig::default()).await?;
+/// # vm.start().await?;
+/// let error = vm.resume().await.unwrap_err();
+/// assert_eq!(error.kind(), &VmErrorKind::InvalidState { state: VmState::Running });
+/// assert_eq!(error.kind().code(), "invalid_state");
+/// assert!(!error.is_retriable());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct VmError {
     kind: Box<VmErrorKind>,

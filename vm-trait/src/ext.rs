@@ -10,6 +10,22 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 /// Short forms of what [`VmInstance`] offers; every machine has them.
+///
+/// ```
+/// # use vm_sim::SimBackend;
+/// # use vm_trait::*;
+/// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+/// # async fn main() -> VmResult<()> {
+/// # let backend = SimBackend::builder().seed(1).build().expect("inside a runtime");
+/// # let vm = backend.create(VmConfig::default()).await?;
+/// # vm.start().await?;
+/// assert_eq!(vm.run("echo", ["hi"]).await?.stdout_text(), "hi\n");
+/// assert_eq!(vm.sh("echo $((6 * 7))").await?.stdout_text(), "42\n");
+/// vm.create_dir_all("/tmp/a/b").await?;
+/// assert!(vm.exists("/tmp/a/b").await?);
+/// # Ok(())
+/// # }
+/// ```
 #[async_trait]
 pub trait VmInstanceExt: VmInstance {
     /// Runs `program` with `args` and nothing else set.

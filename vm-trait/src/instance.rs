@@ -41,6 +41,26 @@ use std::{fmt, sync::Arc, time::Duration};
 /// [`Timeout`](crate::VmErrorKind::Timeout), [`Interrupted`](crate::VmErrorKind::Interrupted),
 /// [`GuestCrashed`](crate::VmErrorKind::GuestCrashed), [`VmmCrashed`](crate::VmErrorKind::VmmCrashed) and
 /// [`Disconnected`](crate::VmErrorKind::Disconnected) where what they depend on ends.
+///
+/// # Example
+/// ```
+/// # use vm_sim::SimBackend;
+/// # use vm_trait::*;
+/// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+/// # async fn main() -> VmResult<()> {
+/// # let backend = SimBackend::builder().seed(1).build().expect("inside a runtime");
+/// let vm = backend.create(VmConfig::default()).await?;
+/// vm.start().await?;
+/// let output = vm.exec(ExecRequest::new("echo").arg("hello")).await?;
+/// assert!(output.status.success());
+/// vm.pause().await?;
+/// assert_eq!(vm.state(), VmState::Paused);
+/// vm.resume().await?;
+/// vm.stop(StopOptions::default()).await?;
+/// assert_eq!(vm.wait().await, VmExit::Stopped);
+/// # Ok(())
+/// # }
+/// ```
 #[async_trait]
 pub trait VmInstance: Send + Sync + fmt::Debug {
     /// Gives the machine's name; it never changes.
@@ -119,12 +139,45 @@ pub trait VmInstance: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// As [`exec`](Self::exec).
+    ///
+    /// ```
+    /// # use vm_sim::SimBackend;
+    /// # use vm_trait::*;
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() -> VmResult<()> {
+    /// # let backend = SimBackend::builder().seed(1).build().expect("inside a runtime");
+    /// # let vm = backend.create(VmConfig::default()).await?;
+    /// # vm.start().await?;
+    /// let process = vm.spawn(ExecRequest::new("cat").open_stdin()).await?;
+    /// process.write_stdin("a line\n").await?;
+    /// assert_eq!(process.read_stdout().await?.as_deref(), Some(&b"a line\n"[..]));
+    /// process.close_stdin().await?;
+    /// assert_eq!(process.wait().await?, ExecStatus::Exited(0));
+    /// # Ok(())
+    /// # }
+    /// ```
     async fn spawn(&self, request: ExecRequest) -> VmResult<GuestProcess>;
 
     /// Takes up the streams of a process that was detached, or whose handle was lost in a restore, from `offsets` on.
     ///
     /// # Errors
     /// [`ExecFailed`](crate::VmErrorKind::ExecFailed) with `NoSuchProcess`.
+    ///
+    /// ```
+    /// # use vm_sim::SimBackend;
+    /// # use vm_trait::*;
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() -> VmResult<()> {
+    /// # let backend = SimBackend::builder().seed(1).build().expect("inside a runtime");
+    /// # let vm = backend.create(VmConfig::default()).await?;
+    /// # vm.start().await?;
+    /// let process = vm.spawn(ExecRequest::new("sh").args(["-c", "echo one; sleep 1; echo two"])).await?;
+    /// let id = process.detach().await?;
+    /// let process = vm.attach_process(id, OutputOffsets { stdout: 4, stderr: 0 }).await?;
+    /// assert_eq!(process.read_stdout().await?.as_deref(), Some(&b"two\n"[..]));
+    /// # Ok(())
+    /// # }
+    /// ```
     async fn attach_process(
         &self,
         process: ProcessId,
@@ -148,6 +201,21 @@ pub trait VmInstance: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// As [`read_file`](Self::read_file).
+    ///
+    /// ```
+    /// # use vm_sim::SimBackend;
+    /// # use vm_trait::*;
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() -> VmResult<()> {
+    /// # let backend = SimBackend::builder().seed(1).build().expect("inside a runtime");
+    /// # let vm = backend.create(VmConfig::default()).await?;
+    /// # vm.start().await?;
+    /// vm.write_file("/tmp/note", "hello".into(), WriteOptions::default()).await?;
+    /// assert_eq!(vm.read_file("/tmp/note").await?, "hello");
+    /// assert_eq!(vm.stat("/tmp/note").await?.size, 5);
+    /// # Ok(())
+    /// # }
+    /// ```
     async fn write_file(&self, path: &str, contents: Bytes, options: WriteOptions) -> VmResult<()>;
 
     /// Gives a file's metadata; symbolic links are not followed.
@@ -193,6 +261,22 @@ pub trait VmInstance: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`SnapshotCorrupt`](crate::VmErrorKind::SnapshotCorrupt),
     /// [`SnapshotIncompatible`](crate::VmErrorKind::SnapshotIncompatible).
+    ///
+    /// ```
+    /// # use vm_sim::SimBackend;
+    /// # use vm_trait::*;
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() -> VmResult<()> {
+    /// # let backend = SimBackend::builder().seed(1).build().expect("inside a runtime");
+    /// # let vm = backend.create(VmConfig::default()).await?;
+    /// # vm.start().await?;
+    /// let snapshot = vm.snapshot(SnapshotOptions::default()).await?;
+    /// vm.kill().await?;
+    /// vm.restore(&snapshot, RestoreOptions::running()).await?;
+    /// assert_eq!(vm.state(), VmState::Running);
+    /// # Ok(())
+    /// # }
+    /// ```
     async fn restore(&self, snapshot: &Snapshot, options: RestoreOptions) -> VmResult<()>;
 
     /// Makes `options.count` copies of the machine as it is now, each in the state that this one is in. Allowed in
@@ -200,6 +284,23 @@ pub trait VmInstance: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// An error as a whole only when no child could be tried.
+    ///
+    /// ```
+    /// # use vm_sim::SimBackend;
+    /// # use vm_trait::*;
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() -> VmResult<()> {
+    /// # let backend = SimBackend::builder().seed(1).build().expect("inside a runtime");
+    /// # let vm = backend.create(VmConfig::default()).await?;
+    /// # vm.start().await?;
+    /// vm.write("/tmp/who", "parent").await?;
+    /// let mut children = vm.fork(ForkOptions::new(2)).await?;
+    /// let child = children.remove(0)?;
+    /// child.write("/tmp/who", "child").await?;
+    /// assert_eq!(vm.read_to_string("/tmp/who").await?, "parent");
+    /// # Ok(())
+    /// # }
+    /// ```
     async fn fork(&self, options: ForkOptions) -> VmResult<Vec<VmResult<Arc<dyn VmInstance>>>>;
 
     /// Gives the counters that the backend has.
@@ -212,6 +313,24 @@ pub trait VmInstance: Send + Sync + fmt::Debug {
     fn console(&self) -> Bytes;
 
     /// Gives the events of this machine from now on.
+    ///
+    /// ```
+    /// # use vm_sim::SimBackend;
+    /// # use vm_trait::*;
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() -> VmResult<()> {
+    /// # let backend = SimBackend::builder().seed(1).build().expect("inside a runtime");
+    /// # let vm = backend.create(VmConfig::default()).await?;
+    /// # vm.start().await?;
+    /// use futures_core::Stream;
+    /// use std::{future::poll_fn, pin::Pin};
+    /// let mut events = vm.events();
+    /// vm.kill().await?;
+    /// let first = poll_fn(|cx| Pin::new(&mut events).poll_next(cx)).await;
+    /// assert!(matches!(first, Some(VmEvent::State { from: VmState::Running, .. })));
+    /// # Ok(())
+    /// # }
+    /// ```
     fn events(&self) -> EventStream;
 }
 
