@@ -190,10 +190,11 @@ pub trait VmInstance: Send + Sync + fmt::Debug {
     /// The common ones.
     async fn processes(&self) -> VmResult<Vec<ProcessInfo>>;
 
-    /// Reads a whole guest file.
+    /// Reads a whole guest file of at most 256 MiB.
     ///
     /// # Errors
-    /// [`GuestFile`](crate::VmErrorKind::GuestFile), as for all methods on files; relative paths are `InvalidPath`.
+    /// [`GuestFile`](crate::VmErrorKind::GuestFile), as for all methods on files; relative paths are `InvalidPath`;
+    /// [`ResourceExhausted`](crate::VmErrorKind::ResourceExhausted) for a larger file.
     async fn read_file(&self, path: &str) -> VmResult<Bytes>;
 
     /// Replaces a guest file: whoever reads it sees the old content or the new one, never half, also when the

@@ -27,6 +27,9 @@ pub(super) const CLAUSES: &[Clause] = &[
         "what is written is read back byte for byte at sizes around every boundary, also when the link falters",
         [Files], faults: []),
     clause!(large, "files.large", "files of many megabytes are written and read whole", [Files], faults: []),
+    clause!(endless, "files.endless",
+        "reading a file that never ends is refused before it fills the host's memory, and the machine goes on",
+        [Exec, Files], faults: []),
     clause!(seen_by_programs, "files.seen_by_programs", "programs of the guest see what was written, byte for byte",
         [Exec, Files], faults: []),
     clause!(made_by_programs, "files.made_by_programs", "what programs of the guest wrote is read byte for byte",
@@ -102,6 +105,22 @@ async fn large(ctx: &Context) -> Verdict {
     // A short file in its place leaves nothing of the long one.
     round_trip(&*vm, &path, &payload(ctx, 5000)).await?;
     vm.remove_all(&path).await?;
+    Ok(())
+}
+
+async fn endless(ctx: &Context) -> Verdict {
+    let vm = ctx.running().await?;
+    if ctx.heavy(32) {
+        let read = ctx.within(SOON * 20, "reading without end", vm.read_file("/dev/zero")).await?;
+        ensure_err!(
+            read,
+            VmErrorKind::ResourceExhausted { .. } | VmErrorKind::GuestFile { .. },
+            "reading a file without end"
+        );
+    }
+    let word = format!("{:x}", ctx.draw(0, u64::MAX));
+    let output = vm.run("echo", [word.as_str()]).await?;
+    ensure_eq!(output.stdout_text(), format!("{word}\n"), "a program afterwards");
     Ok(())
 }
 

@@ -9,10 +9,15 @@ use vm_trait::{
     WriteOptions,
 };
 
+/// The most bytes that are read of one guest file, so that a guest cannot fill the host's memory.
+const MOST_OF_A_FILE: usize = 256 << 20;
+/// The most bytes of one listing.
+const MOST_OF_A_LISTING: usize = 64 << 20;
+
 impl AgentClient {
     pub(crate) async fn read_file(&self, path: &str) -> Result<Bytes, VmErrorKind> {
         check_path(path)?;
-        self.read_all(Request::ReadFile { path: path.to_owned() }).await
+        self.read_all(Request::ReadFile { path: path.to_owned() }, MOST_OF_A_FILE).await
     }
 
     pub(crate) async fn write_file(
@@ -43,7 +48,8 @@ impl AgentClient {
 
     pub(crate) async fn list_dir(&self, path: &str) -> Result<Vec<DirEntry>, VmErrorKind> {
         check_path(path)?;
-        let bytes = self.read_all(Request::ListDir { path: path.to_owned() }).await?;
+        let bytes =
+            self.read_all(Request::ListDir { path: path.to_owned() }, MOST_OF_A_LISTING).await?;
         let listed = ListedDir::from_bytes(&bytes).map_err(|_| odd_answer())?;
         Ok(listed.entries.into_iter().map(|(name, it)| DirEntry::new(name, kind(it))).collect())
     }
@@ -76,8 +82,8 @@ impl AgentClient {
         self.unary(request).await.map(drop)
     }
 
-    /// Reads a whole stream; its deadline moves on with every MiB that arrives.
-    async fn read_all(&self, request: Request) -> Result<Bytes, VmErrorKind> {
+    /// Reads a whole stream of at most `most` bytes; its deadline moves on with every MiB that arrives.
+    async fn read_all(&self, request: Request, most: usize) -> Result<Bytes, VmErrorKind> {
         const PIECE: usize = 1 << 20;
         let timeout = self.inner.parts.timeouts.request;
         let guard = self.open_with(request, |_| {})?;
@@ -101,6 +107,11 @@ impl AgentClient {
             });
             if piece.await? {
                 return Ok(content.into_bytes());
+            }
+            if content.length > most {
+                return Err(VmErrorKind::ResourceExhausted {
+                    resource: format!("room for more than {most} bytes of one guest file"),
+                });
             }
         }
     }
