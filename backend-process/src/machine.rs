@@ -10,9 +10,10 @@ use rustix::event::{PollFd, PollFlags};
 use std::{io, os::fd::AsFd, sync::Arc, thread};
 use tokio::{net::UnixStream, task::spawn_blocking};
 use vm_core::machine::{
-    Link, Machine, MachineError, MachineExit, MachineSpec, MachineStats, MachineStatus,
+    Acceptor, Link, Machine, MachineError, MachineExit, MachineSpec, MachineStats, MachineStatus,
     SectionSink, Sections,
 };
+use vm_guest_protocol::AGENT_PORT;
 use vm_trait::VmId;
 
 /// One life of a process VM.
@@ -75,7 +76,14 @@ impl Machine for ProcessMachine {
         })
     }
 
-    async fn connect(&self) -> Result<Box<dyn Link>, MachineError> {
+    async fn listen(&self, _port: u32) -> Result<Box<dyn Acceptor>, MachineError> {
+        unsupported("vsock")
+    }
+
+    async fn connect(&self, port: u32) -> Result<Box<dyn Link>, MachineError> {
+        if port != AGENT_PORT {
+            return unsupported("vsock");
+        }
         match self.life.phase() {
             Phase::Fresh => return Err(MachineError::NotListening),
             Phase::Running => {}

@@ -33,6 +33,10 @@ pub struct SimBackend {
     world: Arc<World>,
 }
 
+/// What real machines can do and simulated ones cannot.
+const NOT_SIMULATED: [Capability; 4] =
+    [Capability::Vsock, Capability::Root, Capability::Kernel, Capability::ConsoleFile];
+
 /// What a simulation is made of.
 #[derive(Clone, Debug, Default)]
 #[must_use]
@@ -114,7 +118,7 @@ impl SimBackendBuilder {
     /// # Errors
     /// [`BuildError`] where the plan is no good, or outside a runtime.
     pub fn build(self) -> Result<SimBackend, BuildError> {
-        let all = Capabilities::all();
+        let all = NOT_SIMULATED.iter().copied().fold(Capabilities::all(), Capabilities::without);
         let capabilities = self.lacks.into_iter().fold(all, Capabilities::without);
         self.faults.validate_for(&capabilities)?;
         let streams = Arc::new(Streams::new(self.seed));

@@ -18,8 +18,8 @@ use std::{
     },
 };
 use vm_trait::{
-    Capabilities, Capability, HostLimits, Operation, RestoreOptions, Snapshot, SnapshotId,
-    VmBackend, VmConfig, VmError, VmErrorKind, VmInstance, VmResult,
+    Capabilities, Capability, HostLimits, KernelConfig, Operation, RestoreOptions, RootConfig,
+    Snapshot, SnapshotId, VmBackend, VmConfig, VmError, VmErrorKind, VmInstance, VmResult,
 };
 
 /// What a backend is made of.
@@ -79,6 +79,15 @@ impl CoreBackend {
         config.validate_for(&hypervisor.limits())?;
         if !config.disks.is_empty() {
             self.require(Capability::Disks)?;
+        }
+        if config.kernel != KernelConfig::default() {
+            self.require(Capability::Kernel)?;
+        }
+        if config.root != RootConfig::default() {
+            self.require(Capability::Root)?;
+        }
+        if config.console_file.is_some() {
+            self.require(Capability::ConsoleFile)?;
         }
         Ok(hypervisor.check(config)?)
     }

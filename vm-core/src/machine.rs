@@ -90,11 +90,19 @@ pub trait Machine: Send + Sync + fmt::Debug {
     /// When it does not answer.
     async fn status(&self) -> Result<MachineStatus, MachineError>;
 
-    /// Dials the guest agent.
+    /// Opens a stream to a vsock port of the guest; the agent's is
+    /// [`AGENT_PORT`](vm_guest_protocol::AGENT_PORT). When the future is dropped, nothing is left of it.
     ///
     /// # Errors
-    /// [`MachineError::NotListening`] until the agent listens: dial again.
-    async fn connect(&self) -> Result<Box<dyn Link>, MachineError>;
+    /// [`MachineError::NotListening`] while nothing in the guest listens there: the agent may later.
+    async fn connect(&self, port: u32) -> Result<Box<dyn Link>, MachineError>;
+
+    /// Takes the streams that the guest opens to a vsock port of the host, from now on and until the acceptor is
+    /// dropped or the machine ends.
+    ///
+    /// # Errors
+    /// [`MachineError::PortInUse`].
+    async fn listen(&self, port: u32) -> Result<Box<dyn Acceptor>, MachineError>;
 
     /// Writes the state of a paused machine, section by section.
     ///
@@ -123,7 +131,17 @@ pub trait Machine: Send + Sync + fmt::Debug {
     fn console(&self) -> Bytes;
 }
 
-/// A byte stream between the host and the guest agent.
+/// Takes streams that a guest opens. While nobody asks it for one, at most 16 wait; more are refused.
+#[async_trait]
+pub trait Acceptor: Send + fmt::Debug {
+    /// Waits for the next stream. When the future is dropped, no stream is lost.
+    ///
+    /// # Errors
+    /// [`MachineError::Ended`].
+    async fn accept(&mut self) -> Result<Box<dyn Link>, MachineError>;
+}
+
+/// A byte stream between the host and a program in the guest.
 pub trait Link: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Link for T {}
@@ -223,9 +241,12 @@ pub enum MachineError {
     /// The host ran out of something.
     #[error("out of {0}")]
     Exhausted(String),
-    /// The agent does not listen yet.
-    #[error("the agent does not listen yet")]
+    /// Nothing in the guest listens on the port.
+    #[error("nothing in the guest listens on the port")]
     NotListening,
+    /// The port has a listener already.
+    #[error("port {0} has a listener already")]
+    PortInUse(u32),
     /// The machine has ended.
     #[error("the machine has ended")]
     Ended,

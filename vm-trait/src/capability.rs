@@ -36,6 +36,14 @@ pub enum Capability {
     MemoryLimit,
     /// A console with the guest's boot output.
     Console,
+    /// Byte streams to and from any vsock port of the guest: `connect` and `listen`.
+    Vsock,
+    /// A root file system of the user's choice: [`VmConfig::root`](crate::VmConfig::root) other than the built-in one.
+    Root,
+    /// A kernel, command line and initial RAM disk of the user's choice: [`VmConfig::kernel`](crate::VmConfig::kernel).
+    Kernel,
+    /// The console also goes to a host file: [`VmConfig::console_file`](crate::VmConfig::console_file).
+    ConsoleFile,
 }
 
 impl Capability {
@@ -53,6 +61,10 @@ impl Capability {
         Self::GuestKernel,
         Self::MemoryLimit,
         Self::Console,
+        Self::Vsock,
+        Self::Root,
+        Self::Kernel,
+        Self::ConsoleFile,
     ];
 
     /// Names the capability as reports do, in snake case.
@@ -71,6 +83,10 @@ impl Capability {
             Self::GuestKernel => "guest_kernel",
             Self::MemoryLimit => "memory_limit",
             Self::Console => "console",
+            Self::Vsock => "vsock",
+            Self::Root => "root",
+            Self::Kernel => "kernel",
+            Self::ConsoleFile => "console_file",
         }
     }
 }

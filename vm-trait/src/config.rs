@@ -53,12 +53,114 @@ pub struct VmConfig {
     pub hostname: String,
     /// The environment of every program in the guest; requests add to it.
     pub env: BTreeMap<String, String>,
+    /// Which kernel boots, and how. Default: the backend's own.
+    pub kernel: KernelConfig,
+    /// What the guest's root file system is. Default: built in.
+    pub root: RootConfig,
     /// Disks of the host that outlive the machine; at most 16.
     pub disks: Vec<DiskConfig>,
     /// How many of the last console bytes are kept, 1 KiB to 16 MiB. Default 64 KiB.
     pub console_bytes: u32,
+    /// A host file that the whole console is appended to, up to 64 MiB of it in one life of the machine. A host that
+    /// cannot take more of it does not stop the guest. Default none.
+    pub console_file: Option<PathBuf>,
     /// How long operations may take.
     pub timeouts: Timeouts,
+}
+
+/// Which kernel boots, and how.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct KernelConfig {
+    /// The host file of the kernel, an ELF `vmlinux` or a `bzImage`. Default: the backend's choice.
+    pub path: Option<PathBuf>,
+    /// A host file with an initial RAM disk that is unpacked before the backend's own, whose files win.
+    pub initrd: Option<PathBuf>,
+    /// Words that are added to the end of the kernel's command line; printable ASCII, at most 1,024 bytes.
+    pub cmdline: String,
+}
+
+/// What the guest's root file system is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct RootConfig {
+    /// Where its files come from. Default: built in.
+    pub source: RootSource,
+    /// Refuse all writes to it but below `/tmp`, `/run`, `/dev` and disks. Else what is written is kept in the guest's
+    /// memory, and ends with the machine. Default false.
+    pub read_only: bool,
+}
+
+/// Where a guest's root files come from.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum RootSource {
+    /// The backend's own: on real machines the agent and nothing else.
+    #[default]
+    BuiltIn,
+    /// A host directory, copied into the guest's memory as the machine starts.
+    Directory(PathBuf),
+    /// A host file that holds a file system, which the guest mounts and never writes to.
+    Image(PathBuf),
+}
+
+impl RootConfig {
+    /// Takes the files of a host directory.
+    #[must_use]
+    pub fn directory(path: impl Into<PathBuf>) -> Self {
+        Self { source: RootSource::Directory(path.into()), read_only: false }
+    }
+
+    /// Takes a disk image of the host.
+    #[must_use]
+    pub fn image(path: impl Into<PathBuf>) -> Self {
+        Self { source: RootSource::Image(path.into()), read_only: false }
+    }
+
+    /// Says whether writes are refused.
+    #[must_use]
+    pub fn with_read_only(mut self, read_only: bool) -> Self {
+        self.read_only = read_only;
+        self
+    }
+}
+
+impl KernelConfig {
+    /// Sets the kernel's file.
+    #[must_use]
+    pub fn with_path(mut self, path: impl Into<PathBuf>) -> Self {
+        self.path = Some(path.into());
+        self
+    }
+
+    /// Sets the user's initial RAM disk.
+    #[must_use]
+    pub fn with_initrd(mut self, path: impl Into<PathBuf>) -> Self {
+        self.initrd = Some(path.into());
+        self
+    }
+
+    /// Sets what is added to the command line.
+    #[must_use]
+    pub fn with_cmdline(mut self, words: impl Into<String>) -> Self {
+        self.cmdline = words.into();
+        self
+    }
+
+    fn validate(&self) -> Result<(), VmErrorKind> {
+        for (field, path) in [("kernel.path", &self.path), ("kernel.initrd", &self.initrd)] {
+            check_host_path(field, path.as_deref())?;
+        }
+        let bytes = self.cmdline.as_bytes();
+        if bytes.len() > 1024 || !bytes.iter().all(|byte| (b' '..=b'~').contains(byte)) {
+            let reason = "not at most 1024 bytes of printable ASCII";
+            return Err(VmErrorKind::invalid("kernel.cmdline", reason));
+        }
+        Ok(())
+    }
 }
 
 /// A disk of the host, mounted in the guest.
@@ -131,8 +233,11 @@ impl Default for VmConfig {
             memory: Mib(128),
             hostname: "twinvm".to_owned(),
             env: BTreeMap::new(),
+            kernel: KernelConfig::default(),
+            root: RootConfig::default(),
             disks: Vec::new(),
             console_bytes: 64 << 10,
+            console_file: None,
             timeouts: Timeouts::default(),
         }
     }
@@ -188,6 +293,11 @@ impl VmConfig {
             ));
         }
         self.timeouts.validate()?;
+        self.kernel.validate()?;
+        if let RootSource::Directory(path) | RootSource::Image(path) = &self.root.source {
+            check_host_path("root.source", Some(path))?;
+        }
+        check_host_path("console_file", self.console_file.as_deref())?;
         self.validate_disks()
     }
 
@@ -312,6 +422,27 @@ impl VmConfigBuilder {
         self
     }
 
+    /// Sets which kernel boots, and how.
+    #[must_use]
+    pub fn with_kernel(mut self, kernel: KernelConfig) -> Self {
+        self.0.kernel = kernel;
+        self
+    }
+
+    /// Sets what the guest's root file system is.
+    #[must_use]
+    pub fn with_root(mut self, root: RootConfig) -> Self {
+        self.0.root = root;
+        self
+    }
+
+    /// Sets a host file for the console.
+    #[must_use]
+    pub fn with_console_file(mut self, path: impl Into<PathBuf>) -> Self {
+        self.0.console_file = Some(path.into());
+        self
+    }
+
     /// Adds a disk.
     #[must_use]
     pub fn with_disk(mut self, disk: DiskConfig) -> Self {
@@ -351,6 +482,17 @@ pub fn is_normal_absolute(path: &str) -> bool {
     };
     !path.contains('\0')
         && (rest.is_empty() || rest.split('/').all(|part| !matches!(part, "" | "." | "..")))
+}
+
+fn check_host_path(field: &str, path: Option<&std::path::Path>) -> Result<(), VmErrorKind> {
+    let bad = |path: &std::path::Path| {
+        let bytes = path.as_os_str().as_encoded_bytes();
+        bytes.is_empty() || bytes.contains(&0)
+    };
+    match path {
+        Some(path) if bad(path) => Err(VmErrorKind::invalid(field, "empty, or with a NUL byte")),
+        _ => Ok(()),
+    }
 }
 
 fn within(inner: &str, outer: &str) -> bool {
@@ -418,6 +560,13 @@ mod tests {
             ("env.A", |c| {
                 c.env.insert("A".into(), "\0".into());
             }),
+            ("kernel.path", |c| c.kernel.path = Some(PathBuf::new())),
+            ("kernel.initrd", |c| c.kernel.initrd = Some("a\0b".into())),
+            ("kernel.cmdline", |c| c.kernel.cmdline = "a\nb".into()),
+            ("kernel.cmdline", |c| c.kernel.cmdline = "a".repeat(1025)),
+            ("root.source", |c| c.root = RootConfig::directory("")),
+            ("root.source", |c| c.root = RootConfig::image("")),
+            ("console_file", |c| c.console_file = Some(PathBuf::new())),
             ("console_bytes", |c| c.console_bytes = 1023),
             ("console_bytes", |c| c.console_bytes = (16 << 20) + 1),
             ("timeouts.boot", |c| c.timeouts.boot = Duration::ZERO),

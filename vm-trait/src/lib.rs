@@ -38,7 +38,10 @@ pub mod state;
 
 pub use backend::VmBackend;
 pub use capability::{Capabilities, Capability};
-pub use config::{DiskConfig, HostLimits, Mib, Timeouts, VmConfig, VmConfigBuilder};
+pub use config::{
+    DiskConfig, HostLimits, KernelConfig, Mib, RootConfig, RootSource, Timeouts, VmConfig,
+    VmConfigBuilder,
+};
 pub use error::{BootStage, ExecFailure, GuestFileError, VmError, VmErrorKind, VmResult};
 pub use event::{EventStream, VmEvent};
 pub use exec::{

@@ -56,10 +56,12 @@
 //!
 //! | module | what it holds |
 //! | --- | --- |
+//! | [`boot`] | what an image tells the agent that is a machine's first process |
 //! | [`frame`] | [`Frame`], [`Channel`] and the codec |
 //! | [`message`] | what handshake, requests, replies and errors say |
 #![forbid(unsafe_code)]
 
+pub mod boot;
 mod bounded;
 pub mod frame;
 pub mod message;

@@ -22,7 +22,7 @@ use std::{fmt, sync::Arc, time::Duration};
 use vm_core::{
     fault::FaultKind,
     machine::{
-        Hypervisor, Link, Machine, MachineError, MachineExit, MachineSpec, MachineStats,
+        Acceptor, Hypervisor, Link, Machine, MachineError, MachineExit, MachineSpec, MachineStats,
         MachineStatus, SectionSink, Sections,
     },
 };
@@ -323,7 +323,14 @@ impl Machine for SimMachine {
         Ok(self.0.lock().status)
     }
 
-    async fn connect(&self) -> Result<Box<dyn Link>, MachineError> {
+    async fn listen(&self, _port: u32) -> Result<Box<dyn Acceptor>, MachineError> {
+        Err(MachineError::Unsupported("vsock".to_owned()))
+    }
+
+    async fn connect(&self, port: u32) -> Result<Box<dyn Link>, MachineError> {
+        if port != vm_guest_protocol::AGENT_PORT {
+            return Err(MachineError::Unsupported("vsock".to_owned()));
+        }
         self.world().enter().await;
         Ok(Box::new(self.0.connect()?))
     }

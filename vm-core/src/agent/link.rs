@@ -14,7 +14,9 @@ use std::{
     time::Duration,
 };
 use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use vm_guest_protocol::{Decoder, Frame, PROTOCOL_VERSION, Request, StreamId, Welcome, encode};
+use vm_guest_protocol::{
+    AGENT_PORT, Decoder, Frame, PROTOCOL_VERSION, Request, StreamId, Welcome, encode,
+};
 use vm_trait::VmErrorKind;
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(5);
@@ -109,7 +111,7 @@ async fn until_ended<T>(inner: &Inner, work: impl Future<Output = T>) -> Result<
 }
 
 async fn dial(inner: &Inner, resume: bool) -> Result<(Connection, Welcome), Fall> {
-    let link = inner.parts.machine.connect().await.map_err(|_| Fall::Lost)?;
+    let link = inner.parts.machine.connect(AGENT_PORT).await.map_err(|_| Fall::Lost)?;
     let patience = (inner.parts.timeouts.link / 2).max(Duration::from_millis(10));
     let hands = timeout(&*inner.parts.env, patience, shake_hands(inner, link, resume));
     hands.await.unwrap_or(Err(Fall::Lost))

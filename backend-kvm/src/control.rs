@@ -1,0 +1,206 @@
+//! What an owner and a launcher say to each other.
+//!
+//! They share a `SOCK_SEQPACKET` socket pair; the launcher inherits its end as [`CONTROL_FD`]. Every packet is one
+//! [`ToLauncher`] or [`FromLauncher`] in postcard, with the descriptors that the message names beside it, in order. A
+//! second inherited descriptor, [`LIFELINE_FD`], is the reading end of a pipe to which nobody ever writes: it hangs up
+//! when the owner is gone.
+//!
+//! The launcher speaks first ([`FromLauncher::Hello`]). The owner then sends [`ToLauncher::SetUp`] once, and requests
+//! under numbers that count up; each is answered with [`FromLauncher::Reply`] under the same number, in any order.
+
+use serde::{Deserialize, Serialize};
+
+/// The descriptor on which a launcher finds its control socket.
+pub const CONTROL_FD: i32 = 3;
+
+/// The descriptor on which a launcher finds its lifeline.
+pub const LIFELINE_FD: i32 = 4;
+
+/// The version of these messages; both sides must have the same.
+pub const CONTROL_VERSION: u32 = 1;
+
+/// The largest packet, in bytes.
+pub const MAX_PACKET: usize = 64 << 10;
+
+/// The most descriptors beside one packet.
+pub const MAX_FDS: usize = 32;
+
+/// What an owner says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToLauncher {
+    /// Describes the machine. Descriptors: the kernel; each part of the initial RAM disk in order
+    /// ([`MachineSetUp::initrd_parts`]); the console ring; the console file where
+    /// [`console_file`](MachineSetUp::console_file) says so; then each of [`disks`](MachineSetUp::disks).
+    SetUp(Box<MachineSetUp>),
+    /// Asks for something.
+    Request {
+        /// The request's number.
+        id: u64,
+        /// What is asked for.
+        request: Request,
+    },
+}
+
+/// A machine to be made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineSetUp {
+    /// A name for the process and its messages.
+    pub name: String,
+    /// How many vCPUs, 1 to 8.
+    pub vcpus: u8,
+    /// How much memory, in MiB, at least 64.
+    pub memory_mib: u32,
+    /// Words for the kernel's command line, beside the launcher's own.
+    pub cmdline: String,
+    /// How many descriptors make up the initial RAM disk; they are put one after the other, each at a multiple of 4.
+    pub initrd_parts: u8,
+    /// How many of the last console bytes the ring keeps. The ring's file has this layout: a little-endian `u64`
+    /// that counts all bytes ever written, then the ring itself; byte `n` of the console stands at `8 + n % size`.
+    pub console_ring_bytes: u32,
+    /// Whether there is a file to which all of the console is appended.
+    pub console_file: bool,
+    /// The most bytes that are appended to the console file.
+    pub console_file_limit: u64,
+    /// The block devices.
+    pub disks: Vec<DiskSetUp>,
+    /// The guest's vsock address.
+    pub vsock_cid: u32,
+}
+
+/// A block device to be made; its file comes as a descriptor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskSetUp {
+    /// The serial string that the guest finds it by, at most 20 bytes.
+    pub serial: String,
+    /// Whether writes are refused.
+    pub read_only: bool,
+}
+
+/// What a launcher is asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// Enter the guest's kernel; answered once a vCPU runs.
+    Boot,
+    /// Stop all vCPUs and devices; answered once they stand still.
+    Pause,
+    /// Let them run.
+    Resume,
+    /// Say what the machine does.
+    Status,
+    /// Count.
+    Stats,
+    /// Take the descriptor beside this as a host's hybrid vsock connection: it says `CONNECT port\n`, and gets
+    /// `OK hostport\n`, or a hang-up where nothing in the guest listens; then bytes flow.
+    Connect,
+    /// From now on, hand over what the guest connects to this port of the host; see [`FromLauncher::Incoming`].
+    Listen {
+        /// The port.
+        port: u32,
+    },
+    /// Refuse what the guest connects to this port from now on.
+    Unlisten {
+        /// The port.
+        port: u32,
+    },
+}
+
+/// What a launcher says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FromLauncher {
+    /// It runs.
+    Hello {
+        /// Its [`CONTROL_VERSION`].
+        version: u32,
+    },
+    /// The answer to [`ToLauncher::SetUp`].
+    SetUpDone(Result<(), Refusal>),
+    /// The answer to a request.
+    Reply {
+        /// The request's number.
+        id: u64,
+        /// What came of it.
+        result: Result<Answer, Refusal>,
+    },
+    /// The guest connected to a port that is listened on. Descriptor: the stream.
+    Incoming {
+        /// The port.
+        port: u32,
+    },
+    /// The agent marked how far it has come.
+    Mark {
+        /// A [`BootMark`](vm_guest_protocol::boot::BootMark) as a number.
+        mark: u8,
+        /// When, in nanoseconds of the host's monotonic clock.
+        at_ns: u64,
+    },
+    /// The machine has ended by itself; nothing follows, and the launcher exits.
+    Ended(End),
+}
+
+/// What a launcher answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answer {
+    /// It is done.
+    Done,
+    /// What the machine does.
+    Status(Status),
+    /// What it counts.
+    Stats(Stats),
+}
+
+/// What a machine does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Status {
+    /// It is made and was not booted.
+    Fresh,
+    /// Its vCPUs run.
+    Running,
+    /// Its vCPUs and devices stand still.
+    Paused,
+}
+
+/// What a machine counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stats {
+    /// CPU time of all vCPU threads, in nanoseconds.
+    pub vcpu_time_ns: u64,
+    /// How often a vCPU came back to the VMM.
+    pub vm_exits: u64,
+    /// How much of the guest's memory is resident, in bytes.
+    pub guest_resident_bytes: u64,
+}
+
+/// Why a launcher could not do something.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum Refusal {
+    /// A field of the set-up cannot be had.
+    #[error("{field}: {reason}")]
+    Config {
+        /// The field.
+        field: String,
+        /// Why not.
+        reason: String,
+    },
+    /// The host ran out of something.
+    #[error("out of {0}")]
+    Exhausted(String),
+    /// The machine is not in a state for it.
+    #[error("the machine is {0:?}")]
+    State(Status),
+    /// A system call or KVM failed.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// How a machine ended by itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum End {
+    /// The guest powered off.
+    PoweredOff,
+    /// The guest reset the machine without a panic.
+    Reset,
+    /// The guest's kernel panicked, or its first process died.
+    Panicked,
+    /// KVM or the guest did what cannot be gone on from: what it was, for people.
+    Failed(String),
+}

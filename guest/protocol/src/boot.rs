@@ -1,0 +1,88 @@
+//! [`BootConfig`]: what the image tells the agent that is the first process of a machine.
+
+use serde::{Deserialize, Serialize};
+
+/// Where the image keeps the encoded [`BootConfig`].
+pub const BOOT_CONFIG_PATH: &str = "/twinvm/boot";
+
+/// The I/O port to which the agent writes how far it has come, one [`BootMark`] as a byte, where the machine has
+/// the port; writing there does nothing on other machines.
+pub const BOOT_MARK_PORT: u16 = 0x7e0;
+
+/// What the first process of a machine is to do before it serves.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootConfig {
+    /// The host name.
+    pub hostname: String,
+    /// Kernel modules in the initial file system, as absolute paths, in the order in which they are loaded. One that
+    /// cannot be loaded because the kernel has it already is no error.
+    pub modules: Vec<String>,
+    /// What becomes the root.
+    pub root: BootRoot,
+    /// Disks to mount.
+    pub disks: Vec<BootDisk>,
+}
+
+/// What becomes a guest's root.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum BootRoot {
+    /// The initial file system itself.
+    Initial {
+        /// Whether writes to it are refused.
+        read_only: bool,
+    },
+    /// The file system on a block device, under a layer in memory unless `read_only`.
+    Disk {
+        /// The device's serial string.
+        serial: String,
+        /// Whether writes to it are refused.
+        read_only: bool,
+    },
+}
+
+impl Default for BootRoot {
+    fn default() -> Self {
+        Self::Initial { read_only: false }
+    }
+}
+
+/// A disk to mount.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootDisk {
+    /// The device's serial string.
+    pub serial: String,
+    /// Where: an absolute path, made if nothing is there.
+    pub mount: String,
+    /// Whether it is mounted for reading only.
+    pub read_only: bool,
+}
+
+/// How far the first process of a machine has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum BootMark {
+    /// It runs.
+    Init = 1,
+    /// It listens for hosts.
+    Listening = 2,
+}
+
+/// A boot configuration that cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the boot configuration cannot be read: {0}")]
+pub struct BadBootConfig(String);
+
+impl BootConfig {
+    /// Writes it as the image keeps it.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        postcard::to_allocvec(self).unwrap_or_default()
+    }
+
+    /// Reads what [`encode`](Self::encode) wrote.
+    ///
+    /// # Errors
+    /// [`BadBootConfig`].
+    pub fn decode(bytes: &[u8]) -> Result<Self, BadBootConfig> {
+        postcard::from_bytes(bytes).map_err(|error| BadBootConfig(error.to_string()))
+    }
+}
