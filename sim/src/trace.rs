@@ -53,6 +53,7 @@ pub(crate) enum Tag {
     Clock,
     HostFile,
     Note,
+    Stream,
 }
 
 /// How much of a run is kept for people.
@@ -166,6 +167,12 @@ impl Trace {
             }
             Occurrence::LinkDown => {
                 self.record(at, some, Tag::LinkDown, &[], &[], || "link down".to_owned());
+            }
+            Occurrence::Stream { number, port, change } => {
+                let numbers = [*number, u64::from(*port), *change as u64];
+                self.record(at, some, Tag::Stream, &numbers, &[], || {
+                    format!("stream {number} on port {port}: {change:?}")
+                });
             }
             Occurrence::Took { stage, duration } => {
                 let nanos = u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);

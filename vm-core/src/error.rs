@@ -10,9 +10,7 @@ impl From<MachineError> for VmErrorKind {
             MachineError::Unsupported(what) => Self::Unsupported { what },
             MachineError::Exhausted(resource) => Self::ResourceExhausted { resource },
             MachineError::NotListening => Self::Disconnected,
-            MachineError::PortInUse(port) => {
-                Self::ResourceExhausted { resource: format!("listeners on port {port}") }
-            }
+            MachineError::PortInUse(port) => Self::PortInUse { port },
             MachineError::Ended => Self::VmmCrashed { reason: "the machine has ended".to_owned() },
             MachineError::Incompatible { field, found, wanted } => {
                 Self::SnapshotIncompatible { field, found, wanted }

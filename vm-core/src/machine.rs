@@ -98,7 +98,8 @@ pub trait Machine: Send + Sync + fmt::Debug {
     async fn connect(&self, port: u32) -> Result<Box<dyn Link>, MachineError>;
 
     /// Takes the streams that the guest opens to a vsock port of the host, from now on and until the acceptor is
-    /// dropped or the machine ends.
+    /// dropped or the machine ends. Once it is dropped, the port is free again, and what nobody took is closed. When
+    /// the future is dropped, nothing is left of it.
     ///
     /// # Errors
     /// [`MachineError::PortInUse`].

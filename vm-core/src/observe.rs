@@ -56,6 +56,15 @@ pub enum Occurrence<'a> {
     },
     /// The link to the agent was lost.
     LinkDown,
+    /// Something happened to a stream of the user's.
+    Stream {
+        /// Counts the streams of a life of the machine, from 1.
+        number: u64,
+        /// The port, of the guest or of the host.
+        port: u32,
+        /// What happened.
+        change: StreamChange,
+    },
     /// A time was measured: a stage of a boot, a pause inside a snapshot.
     Took {
         /// What.
@@ -63,6 +72,18 @@ pub enum Occurrence<'a> {
         /// How long.
         duration: Duration,
     },
+}
+
+/// What happens to a stream of the user's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StreamChange {
+    /// The host opened it.
+    Connected,
+    /// The guest opened it, and the host took it.
+    Accepted,
+    /// Its owner dropped it.
+    Dropped,
 }
 
 /// Ignores everything.

@@ -117,6 +117,18 @@ pub enum VmErrorKind {
         /// What the guest answered.
         error: GuestFileError,
     },
+    /// Nothing in the guest listens on this port, or what listens takes no more connections for now.
+    #[error("nothing in the guest listens on port {port}")]
+    ConnectRefused {
+        /// The guest's port.
+        port: u32,
+    },
+    /// The machine has a listener on this port of the host already.
+    #[error("port {port} has a listener already")]
+    PortInUse {
+        /// The host's port.
+        port: u32,
+    },
     /// The snapshot's bytes are not what was written.
     #[error("the snapshot is damaged: {detail}")]
     SnapshotCorrupt {
@@ -303,6 +315,7 @@ impl VmErrorKind {
                 | Self::HypervisorFailed { .. }
                 | Self::ResourceExhausted { .. }
                 | Self::HostIo { .. }
+                | Self::ConnectRefused { .. }
         )
     }
 
@@ -334,6 +347,8 @@ impl VmErrorKind {
             Self::Interrupted => "interrupted",
             Self::ExecFailed { .. } => "exec_failed",
             Self::GuestFile { .. } => "guest_file",
+            Self::ConnectRefused { .. } => "connect_refused",
+            Self::PortInUse { .. } => "port_in_use",
             Self::SnapshotCorrupt { .. } => "snapshot_corrupt",
             Self::SnapshotIncompatible { .. } => "snapshot_incompatible",
             Self::ResourceExhausted { .. } => "resource_exhausted",

@@ -11,6 +11,7 @@ use crate::{
     metrics::VmMetrics,
     snapshot::{RestoreOptions, Snapshot, SnapshotOptions},
     state::{CrashReason, VmState},
+    stream::{GuestListener, GuestStream},
 };
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -248,6 +249,67 @@ pub trait VmInstance: Send + Sync + fmt::Debug {
     /// # Errors
     /// As [`read_file`](Self::read_file).
     async fn rename(&self, from: &str, to: &str) -> VmResult<()>;
+
+    /// Opens a byte stream to a program in the guest that listens on a vsock port. Allowed in Running.
+    ///
+    /// Streams belong to one life of the machine. Snapshots and forks leave those of the source alone; the restored
+    /// machine and the children have none of them: their guest finds its ends reset.
+    ///
+    /// # Errors
+    /// [`ConnectRefused`](crate::VmErrorKind::ConnectRefused) while nothing listens there;
+    /// [`InvalidConfig`](crate::VmErrorKind::InvalidConfig) for the ports 0 and `u32::MAX`, and for
+    /// 1024, which is the agent's own.
+    ///
+    /// ```
+    /// # use vm_sim::SimBackend;
+    /// # use vm_trait::*;
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let backend = SimBackend::builder().seed(1).build()?;
+    /// # let vm = backend.create(VmConfig::default()).await?;
+    /// # vm.start().await?;
+    /// use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    /// let server = vm.spawn(ExecRequest::new("vsock").args(["listen", "--echo", "5000"])).await?;
+    /// server.read_stderr().await?; // It says that it listens.
+    /// let mut stream = vm.connect(5000).await?;
+    /// stream.write_all(b"hello").await?;
+    /// stream.shutdown().await?;
+    /// let mut echo = Vec::new();
+    /// stream.read_to_end(&mut echo).await?;
+    /// assert_eq!(echo, b"hello");
+    /// # Ok(())
+    /// # }
+    /// ```
+    async fn connect(&self, port: u32) -> VmResult<GuestStream>;
+
+    /// Takes the streams that programs in the guest open to a vsock port of the host (context id 2), from now on, until
+    /// the listener is dropped or this life of the machine ends. Allowed in Running.
+    ///
+    /// # Errors
+    /// [`PortInUse`](crate::VmErrorKind::PortInUse); [`InvalidConfig`](crate::VmErrorKind::InvalidConfig) for the ports
+    /// 0 and `u32::MAX`.
+    ///
+    /// ```
+    /// # use vm_sim::SimBackend;
+    /// # use vm_trait::*;
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let backend = SimBackend::builder().seed(1).build()?;
+    /// # let vm = backend.create(VmConfig::default()).await?;
+    /// # vm.start().await?;
+    /// use tokio::io::AsyncReadExt;
+    /// let mut listener = vm.listen(6000).await?;
+    /// let program = vm.spawn(ExecRequest::new("sh").args(["-c", "echo hello | vsock connect 6000"])).await?;
+    /// let mut stream = listener.accept().await?;
+    /// let mut line = [0; 6];
+    /// stream.read_exact(&mut line).await?;
+    /// assert_eq!(&line, b"hello\n");
+    /// drop(stream);
+    /// assert_eq!(program.wait().await?, ExecStatus::Exited(0));
+    /// # Ok(())
+    /// # }
+    /// ```
+    async fn listen(&self, port: u32) -> VmResult<GuestListener>;
 
     /// Captures memory, devices and disks as of one instant. Allowed in Running and Paused; the state stays.
     ///

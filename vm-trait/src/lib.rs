@@ -15,6 +15,7 @@
 //! | [`config`] | [`VmConfig`], its validation and limits |
 //! | [`exec`] | requests, outputs and running guest processes |
 //! | [`file`](mod@file) | guest files: metadata, entries, options |
+//! | [`stream`] | byte streams to and from the guest's vsock ports |
 //! | [`snapshot`] | snapshot handles, metadata and options |
 //! | [`metrics`] | counters and boot-stage times |
 //! | [`event`] | what a VM reports unasked |
@@ -35,6 +36,7 @@ pub mod instance;
 pub mod metrics;
 pub mod snapshot;
 pub mod state;
+pub mod stream;
 
 pub use backend::VmBackend;
 pub use capability::{Capabilities, Capability};
@@ -55,3 +57,4 @@ pub use instance::{ForkOptions, StopOptions, VmExit, VmInstance};
 pub use metrics::{BootTimes, VmMetrics};
 pub use snapshot::{RestoreOptions, Snapshot, SnapshotMetadata, SnapshotOptions};
 pub use state::{CrashReason, Operation, StateInput, VmState};
+pub use stream::{GuestListener, GuestListenerHandle, GuestStream, GuestStreamIo};

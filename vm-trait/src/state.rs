@@ -78,6 +78,8 @@ pub enum Operation {
     CreateDir,
     Remove,
     Rename,
+    Connect,
+    Listen,
     Snapshot,
     Restore,
     Fork,
@@ -110,6 +112,8 @@ impl Operation {
         Self::CreateDir,
         Self::Remove,
         Self::Rename,
+        Self::Connect,
+        Self::Listen,
         Self::Snapshot,
         Self::Restore,
         Self::Fork,
@@ -143,6 +147,8 @@ impl Operation {
             Self::CreateDir => "create_dir",
             Self::Remove => "remove",
             Self::Rename => "rename",
+            Self::Connect => "connect",
+            Self::Listen => "listen",
             Self::Snapshot => "snapshot",
             Self::Restore => "restore",
             Self::Fork => "fork",
@@ -227,7 +233,9 @@ impl VmState {
             Operation::Start | Operation::Restore => {
                 matches!(self, Self::Created | Self::Stopped | Self::Crashed(_))
             }
-            Operation::Pause => matches!(self, Self::Running),
+            Operation::Pause | Operation::Connect | Operation::Listen => {
+                matches!(self, Self::Running)
+            }
             Operation::Resume => matches!(self, Self::Paused),
             Operation::Snapshot | Operation::Fork => matches!(self, Self::Running | Self::Paused),
             op if op.needs_guest() => matches!(self, Self::Running),
@@ -355,6 +363,8 @@ mod tests {
         (Operation::CreateDir, "..y...."),
         (Operation::Remove, "..y...."),
         (Operation::Rename, "..y...."),
+        (Operation::Connect, "..y...."),
+        (Operation::Listen, "..y...."),
         (Operation::Snapshot, "..yy..."),
         (Operation::Restore, "y....yy"),
         (Operation::Fork, "..yy..."),

@@ -6,10 +6,11 @@ use std::{sync::Arc, time::Duration};
 use third_party_backend::MemoryBackend;
 use vm_trait::{
     Capabilities, Capability, CreateDirOptions, DirEntry, EventStream, ExecOutput, ExecRequest,
-    ExecStatus, FileKind, FileStat, ForkOptions, GuestProcess, HostLimits, Mib, Operation,
-    OutputOffsets, ProcessId, ProcessInfo, RemoveOptions, RestoreOptions, Snapshot, SnapshotId,
-    SnapshotMetadata, SnapshotOptions, StopOptions, VmBackend, VmConfig, VmError, VmErrorKind,
-    VmExit, VmId, VmInstance, VmMetrics, VmResult, VmState, WriteOptions,
+    ExecStatus, FileKind, FileStat, ForkOptions, GuestListener, GuestListenerHandle, GuestProcess,
+    GuestStream, HostLimits, Mib, Operation, OutputOffsets, ProcessId, ProcessInfo, RemoveOptions,
+    RestoreOptions, Snapshot, SnapshotId, SnapshotMetadata, SnapshotOptions, StopOptions,
+    VmBackend, VmConfig, VmError, VmErrorKind, VmExit, VmId, VmInstance, VmMetrics, VmResult,
+    VmState, WriteOptions,
 };
 
 /// Makes the backend.
@@ -48,6 +49,21 @@ fn snapshot() -> Snapshot {
         label: None,
     };
     Snapshot::new("/nowhere".into(), metadata)
+}
+
+/// A listener that nobody reaches.
+#[derive(Debug)]
+struct DeafListener(u32);
+
+#[async_trait]
+impl GuestListenerHandle for DeafListener {
+    fn port(&self) -> u32 {
+        self.0
+    }
+
+    async fn accept(&mut self) -> VmResult<GuestStream> {
+        std::future::pending().await
+    }
 }
 
 #[async_trait]
@@ -198,6 +214,16 @@ impl VmInstance for LyingVm {
 
     async fn rename(&self, _: &str, _: &str) -> VmResult<()> {
         self.say(Capability::Files, Operation::Rename, ())
+    }
+
+    async fn connect(&self, port: u32) -> VmResult<GuestStream> {
+        let stream = GuestStream::new(port, Box::new(tokio::io::empty()));
+        self.say(Capability::Vsock, Operation::Connect, stream)
+    }
+
+    async fn listen(&self, port: u32) -> VmResult<GuestListener> {
+        let listener = GuestListener::new(Box::new(DeafListener(port)));
+        self.say(Capability::Vsock, Operation::Listen, listener)
     }
 
     async fn snapshot(&self, _: SnapshotOptions) -> VmResult<Snapshot> {

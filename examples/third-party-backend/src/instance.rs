@@ -14,10 +14,10 @@ use tokio::{
 };
 use vm_trait::{
     Capabilities, CreateDirOptions, DirEntry, EventStream, ExecOutput, ExecRequest, FileStat,
-    ForkOptions, GuestFileError, GuestProcess, Operation, OutputOffsets, ProcessId, ProcessInfo,
-    RemoveOptions, RestoreOptions, Snapshot, SnapshotOptions, StateInput, StopOptions, VmConfig,
-    VmError, VmErrorKind, VmEvent, VmExit, VmId, VmInstance, VmMetrics, VmResult, VmState,
-    WriteOptions,
+    ForkOptions, GuestFileError, GuestListener, GuestProcess, GuestStream, Operation,
+    OutputOffsets, ProcessId, ProcessInfo, RemoveOptions, RestoreOptions, Snapshot,
+    SnapshotOptions, StateInput, StopOptions, VmConfig, VmError, VmErrorKind, VmEvent, VmExit,
+    VmId, VmInstance, VmMetrics, VmResult, VmState, WriteOptions,
 };
 
 /// How many events a slow reader may fall behind.
@@ -231,6 +231,14 @@ impl VmInstance for MemoryVm {
 
     async fn rename(&self, from: &str, to: &str) -> VmResult<()> {
         self.on_files(Operation::Rename, from, |tree| tree.rename(from, to))
+    }
+
+    async fn connect(&self, _: u32) -> VmResult<GuestStream> {
+        Err(self.not_here(Operation::Connect, "vsock"))
+    }
+
+    async fn listen(&self, _: u32) -> VmResult<GuestListener> {
+        Err(self.not_here(Operation::Listen, "vsock"))
     }
 
     async fn snapshot(&self, _: SnapshotOptions) -> VmResult<Snapshot> {

@@ -248,9 +248,13 @@ impl Actor {
             MachineExit::Killed => StateInput::Crashed(CrashReason::VmmDied),
             MachineExit::Crashed(reason) => StateInput::Crashed(reason.clone()),
         };
-        let client = self.core.lock().client.clone();
+        let (client, life) = {
+            let shared = self.core.lock();
+            (shared.client.clone(), shared.life.clone())
+        };
         self.keep_console();
         self.core.transition(&input);
+        life.close(&kind_of_exit(&exit));
         if let Some(client) = client {
             client.end(&kind_of_exit(&exit));
         }
@@ -314,11 +318,12 @@ impl Actor {
     /// Kills the machine that there is, and forgets it.
     pub(super) async fn remove_machine(&mut self, why: &VmErrorKind) -> Result<(), VmErrorKind> {
         self.keep_console();
-        let (machine, client) = {
+        let (machine, client, life) = {
             let mut shared = self.core.lock();
             shared.up_since = None;
-            (shared.machine.take(), shared.client.take())
+            (shared.machine.take(), shared.client.take(), shared.life.clone())
         };
+        life.cut(why);
         if let Some(client) = client {
             client.end(why);
         }

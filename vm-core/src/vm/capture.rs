@@ -73,8 +73,8 @@ impl Actor {
             Ok(saved) => saved?,
             Err(cut) => return Err(self.give_up(cut).await),
         }
-        let finished =
-            writer.finish(metadata.clone(), (*core.config).clone(), compatibility(&core));
+        let (config, fits) = ((*core.config).clone(), compatibility(&core));
+        let finished = Box::pin(writer.finish(metadata.clone(), config, fits));
         match self.drive(reply, after, finished).await {
             Ok(finished) => finished?,
             Err(cut) => return Err(self.give_up(cut).await),

@@ -3,6 +3,7 @@
 use super::{
     actor::{Actor, Command, Token, Work},
     events::Subscribers,
+    streams::Life,
 };
 use crate::{
     agent::{AgentClient, LinkListener, PauseClock},
@@ -44,6 +45,8 @@ pub(super) struct Shared {
     pub(super) machine: Option<Arc<dyn Machine>>,
     pub(super) client: Option<AgentClient>,
     pub(super) pauses: Arc<PauseClock>,
+    /// What the streams of the machine that there is hang on.
+    pub(super) life: Arc<Life>,
     /// The console of a machine that is gone.
     pub(super) console: Bytes,
     pub(super) boot: Option<BootTimes>,
@@ -72,6 +75,7 @@ impl Core {
                 machine: None,
                 client: None,
                 pauses: Arc::default(),
+                life: Arc::default(),
                 console: Bytes::new(),
                 boot: None,
                 up_since: None,

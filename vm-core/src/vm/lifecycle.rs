@@ -2,7 +2,7 @@
 
 use super::actor::{Actor, Cut, Reply};
 use crate::{
-    agent::{AgentClient, ClientParts, LinkListener, PauseClock},
+    agent::{AgentClient, ClientParts, LinkListener},
     machine::{Machine, MachineError, MachineExit, MachineSpec, Sections},
 };
 use futures_util::future::{Either, select};
@@ -113,7 +113,8 @@ impl Actor {
             |core: &super::core::Core| after.saturating_sub(core.now().saturating_sub(began));
         let life = {
             let mut shared = core.lock();
-            shared.pauses = Arc::new(PauseClock::default());
+            shared.pauses = Arc::default();
+            shared.life = Arc::default();
             shared.boot = None;
             shared.lives += 1;
             shared.lives
@@ -302,12 +303,13 @@ impl Actor {
     }
 
     pub(super) async fn stop(&mut self, options: &StopOptions) -> Result<(), VmErrorKind> {
-        let (client, graceful) = {
+        let (client, life, graceful) = {
             let shared = self.core.lock();
             let runs = shared.state == vm_trait::VmState::Running;
-            (shared.client.clone(), runs && !options.grace.is_zero())
+            (shared.client.clone(), shared.life.clone(), runs && !options.grace.is_zero())
         };
         self.core.transition(&StateInput::StopBegun);
+        life.close(&VmErrorKind::Interrupted);
         if let Some(client) = &client {
             client.interrupt();
         }

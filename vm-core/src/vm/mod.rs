@@ -8,6 +8,7 @@ mod capture;
 mod core;
 mod events;
 mod lifecycle;
+mod streams;
 
 pub(crate) use self::capture::{Saved, compatible_with};
 
@@ -22,9 +23,10 @@ use std::{fmt, sync::Arc, time::Duration};
 use tokio::sync::oneshot;
 use vm_trait::{
     Capabilities, Capability, CreateDirOptions, DirEntry, EventStream, ExecOutput, ExecRequest,
-    FileStat, ForkOptions, GuestProcess, Operation, OutputOffsets, ProcessId, ProcessInfo,
-    RemoveOptions, RestoreOptions, Snapshot, SnapshotOptions, StopOptions, VmConfig, VmErrorKind,
-    VmEvent, VmExit, VmId, VmInstance, VmMetrics, VmResult, VmState, WriteOptions,
+    FileStat, ForkOptions, GuestListener, GuestProcess, GuestStream, Operation, OutputOffsets,
+    ProcessId, ProcessInfo, RemoveOptions, RestoreOptions, Snapshot, SnapshotOptions, StopOptions,
+    VmConfig, VmErrorKind, VmEvent, VmExit, VmId, VmInstance, VmMetrics, VmResult, VmState,
+    WriteOptions,
 };
 
 /// A handle to one machine. Dropping it ends the machine.
@@ -282,6 +284,16 @@ impl VmInstance for CoreVm {
             Ok(client) => client.rename(from, to).await,
             Err(kind) => Err(kind),
         })
+    }
+
+    async fn connect(&self, port: u32) -> VmResult<GuestStream> {
+        let call = self.core.call(Operation::Connect, &port.to_string());
+        call.end(self.core.connect(port).await)
+    }
+
+    async fn listen(&self, port: u32) -> VmResult<GuestListener> {
+        let call = self.core.call(Operation::Listen, &port.to_string());
+        call.end(self.core.listen(port).await)
     }
 
     async fn snapshot(&self, options: SnapshotOptions) -> VmResult<Snapshot> {
