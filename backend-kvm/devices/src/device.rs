@@ -1,12 +1,13 @@
 //! [`VirtioDevice`]: what a transport asks of a device.
 
-use std::{fmt, os::fd::BorrowedFd, sync::Arc};
+use std::{any::Any, fmt, os::fd::BorrowedFd, sync::Arc};
 use virtio_queue::Queue;
 
-/// A guest's memory.
+/// A guest's memory; a clone shares it.
 pub type Memory = vm_memory::GuestMemoryMmap<()>;
 
-/// Tells the guest's driver something.
+/// Tells the guest's driver something (virtio 1.2, section 2.3). Callable from any thread, also while the transport is in
+/// use.
 pub trait Interrupt: Send + Sync + fmt::Debug {
     /// Says that used buffers are there.
     fn used(&self);
@@ -17,25 +18,34 @@ pub trait Interrupt: Send + Sync + fmt::Debug {
 
 /// A virtio device behind a transport (virtio 1.2, section 2). One thread at a time uses it.
 ///
-/// A device that broke is not called any more until the driver resets it.
-pub trait VirtioDevice: Send + fmt::Debug {
+/// Of the methods below [`activate`](Self::activate), no call blocks for longer than the host's own input and output
+/// does, and each does a bounded amount of work: what is left is announced through
+/// [`host_events`](Self::host_events).
+///
+/// A device that broke is [`reset`](Self::reset) at once by the transport, and not called any more until the driver has
+/// reset it too and activates it again. The same holds for one whose driver gave up (status `FAILED`).
+pub trait VirtioDevice: Any + Send + fmt::Debug {
     /// Gives the device's type (section 5).
     fn device_type(&self) -> u32;
 
     /// Gives the largest size of each queue, a power of two at most 32768.
     fn queue_sizes(&self) -> &[u16];
 
-    /// Gives the features that it offers, without the transport's own (`VIRTIO_F_VERSION_1` is the transport's).
+    /// Gives the features that it offers, without the transport's own (`VIRTIO_F_VERSION_1` is the transport's). A device
+    /// whose queues may suppress notifications by index offers `VIRTIO_RING_F_EVENT_IDX` here; the transport switches it
+    /// on in the queues when the driver takes it.
     fn features(&self) -> u64;
 
     /// Fills `data` with its configuration from `offset` on; zeros beyond its end.
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
     /// Starts it: the driver is ready (`DRIVER_OK`). `features` are those that the driver took; `queues` has one for
-    /// each of [`queue_sizes`](Self::queue_sizes), those that the driver did not set up being not ready.
+    /// each of [`queue_sizes`](Self::queue_sizes), those that the driver did not set up being not ready. The rings of a
+    /// ready queue are aligned and in memory. After a restore the queues have the indices that
+    /// [`queues`](Self::queues) gave, and may hold requests that nobody announces again.
     ///
     /// # Errors
-    /// When the driver's set-up makes no sense.
+    /// When the driver's set-up makes no sense, for instance when it left out a queue that the device needs.
     fn activate(
         &mut self,
         memory: Memory,
@@ -44,6 +54,12 @@ pub trait VirtioDevice: Send + fmt::Debug {
         interrupt: Arc<dyn Interrupt>,
     ) -> Result<(), DeviceBroken>;
 
+    /// Gives its queues while it is active, all of them and in order, so that their indices can be saved; none while it is
+    /// not. A device that leaves this as it is cannot be saved while active: the transport refuses.
+    fn queues(&self) -> Vec<&Queue> {
+        Vec::new()
+    }
+
     /// Does what the guest put into a queue; called when the guest says that something is there, also without reason.
     ///
     /// # Errors
@@ -51,7 +67,8 @@ pub trait VirtioDevice: Send + fmt::Debug {
     fn queue_notified(&mut self, queue: u16) -> Result<(), DeviceBroken>;
 
     /// Gives a descriptor, the same for the device's whole life, that is readable while the host has something for the
-    /// device to do, where it waits for anything of the host's.
+    /// device to do or the device has work left from an earlier call, where it waits for either. It is not readable
+    /// after a [`reset`](Self::reset).
     fn host_events(&self) -> Option<BorrowedFd<'_>> {
         None
     }
@@ -64,7 +81,7 @@ pub trait VirtioDevice: Send + fmt::Debug {
         Ok(())
     }
 
-    /// Forgets the driver: memory, queues, requests and connections.
+    /// Forgets the driver: memory, queues, requests and connections. Called also when it was not activated.
     fn reset(&mut self);
 }
 

@@ -5,6 +5,15 @@
 //! work, ignores it or breaks ([`DeviceBroken`]); it never panics, hangs or touches memory out of bounds.
 #![forbid(unsafe_code)]
 
+pub mod block;
 pub mod device;
+pub mod entropy;
+pub mod mmio;
+pub mod queue;
+pub mod state;
 
+pub use block::{BlockDevice, BlockOptions};
 pub use device::{DeviceBroken, Interrupt, Memory, VirtioDevice};
+pub use entropy::EntropyDevice;
+pub use mmio::{IrqLine, MmioTransport};
+pub use state::TransportState;
