@@ -1,0 +1,606 @@
+//! [`Life`]: one launcher process, the talk with it, and the certain end of both.
+
+use crate::{
+    console::ConsoleRing,
+    control::{Answer, CONTROL_VERSION, End, FromLauncher, MAX_PACKET, Refusal, Request, ToLauncher},
+    launcher::{self, Process, Started, last_words},
+    packet::{self, BadPacket, Received},
+};
+use bytes::Bytes;
+use rustix::{
+    event::{PollFd, PollFlags},
+    time::ClockId,
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::File,
+    io::{self, PipeWriter},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    process::ExitStatus,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::{mpsc, oneshot, watch},
+};
+use vm_core::machine::{MachineError, MachineExit};
+use vm_guest_protocol::boot::BootMark;
+use vm_trait::CrashReason;
+
+/// How long a launcher that has said its last word may take to exit before it is killed.
+const EXIT_GRACE: Duration = Duration::from_secs(2);
+
+/// How long a launcher may take to say hello.
+const HELLO: Duration = Duration::from_secs(15);
+
+/// How many streams that the guest opened wait on a port before more are refused.
+const WAITING_STREAMS: usize = 16;
+
+/// How long the stages of a machine's life took, as far as it has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct StageTimes {
+    /// Starting the launcher's process, until its program was entered.
+    pub launcher_spawn: Duration,
+    /// From there until the launcher said hello.
+    pub launcher_hello: Duration,
+    /// From there until the machine was made.
+    pub vm_setup: Option<Duration>,
+    /// From the order to boot until the guest's first process ran.
+    pub kernel_to_init: Option<Duration>,
+    /// From there until the agent listened.
+    pub init_to_listening: Option<Duration>,
+}
+
+/// One launcher process, running or ended.
+#[derive(Debug)]
+pub(crate) struct Life {
+    control: AsyncFd<OwnedFd>,
+    exact: AsyncFd<OwnedFd>,
+    pid: u32,
+    process: Mutex<Process>,
+    /// When it closes, the launcher ends.
+    lifeline: Mutex<Option<PipeWriter>>,
+    messages: File,
+    ring: ConsoleRing,
+    exit: watch::Sender<Option<MachineExit>>,
+    killed: AtomicBool,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    next_request: u64,
+    waiting: BTreeMap<Awaited, oneshot::Sender<Result<Answer, Refusal>>>,
+    listeners: BTreeMap<u32, mpsc::Sender<OwnedFd>>,
+    /// Ports that the launcher still listens on for nobody, because it took no more packets.
+    deserted: BTreeSet<u32>,
+    end: Option<End>,
+    /// What the launcher did that made it unfit to live.
+    broken: Option<String>,
+    over: bool,
+    stages: StageTimes,
+    boot_ordered: Option<Duration>,
+    init_at: Option<Duration>,
+}
+
+/// An answer that somebody waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Awaited {
+    Hello,
+    SetUp,
+    Request(u64),
+}
+
+impl Life {
+    /// Takes charge of a launcher that was started, and waits until it says hello. When the future is dropped, the
+    /// launcher is killed.
+    ///
+    /// # Errors
+    /// When the launcher does not say hello in time, is of another version, or exits: with what it said.
+    pub(crate) async fn begin(
+        started: Started,
+        ring: ConsoleRing,
+    ) -> Result<Arc<Self>, MachineError> {
+        let Started { control, process, lifeline, messages, spawn_time } = started;
+        let began = now();
+        let (hello, heard) = oneshot::channel();
+        let stages = StageTimes { launcher_spawn: spawn_time, ..StageTimes::default() };
+        let waiting = BTreeMap::from([(Awaited::Hello, hello)]);
+        let state = State { waiting, stages, ..State::default() };
+        let control = AsyncFd::with_interest(control, Interest::READABLE | Interest::WRITABLE);
+        let control = control.map_err(|error| host(&error))?;
+        let exact = process.exact().map_err(|error| host(&error))?;
+        let exact = AsyncFd::with_interest(exact, Interest::READABLE);
+        let exact = exact.map_err(|error| host(&error))?;
+        let (exit, _) = watch::channel(None);
+        let life = Arc::new(Self {
+            control,
+            exact,
+            pid: process.pid(),
+            process: Mutex::new(process),
+            lifeline: Mutex::new(Some(lifeline)),
+            messages,
+            ring,
+            exit,
+            killed: AtomicBool::new(false),
+            state: Mutex::new(state),
+        });
+        let mut doomed = Doomed(Some(life.clone()));
+        tokio::spawn(watch(Watch(Some(life.clone()))));
+        match tokio::time::timeout(HELLO, heard).await {
+            Ok(Ok(Ok(_))) => {}
+            Ok(Ok(Err(refusal))) => return Err(refusal.into()),
+            Ok(Err(_)) => return Err(life.end_as_error("did not come up")),
+            Err(_) => {
+                let text = life.words();
+                return Err(MachineError::Failed(format!(
+                    "the launcher did not say hello within {HELLO:?}{text}"
+                )));
+            }
+        }
+        life.lock().stages.launcher_hello = now().saturating_sub(began);
+        doomed.0 = None;
+        Ok(life)
+    }
+
+    /// Describes the machine, and waits until it is made.
+    ///
+    /// # Errors
+    /// Why it cannot be made.
+    pub(crate) async fn set_up(
+        &self,
+        message: &ToLauncher,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), MachineError> {
+        let began = now();
+        let waiting = self.await_answer(Awaited::SetUp)?;
+        self.send(message, fds).await?;
+        match waiting.answer().await {
+            Some(Ok(_)) => {}
+            Some(Err(refusal)) => return Err(refusal.into()),
+            None => {
+                self.ended().await;
+                return Err(self.end_as_error("ended during the set-up"));
+            }
+        }
+        self.lock().stages.vm_setup = Some(now().saturating_sub(began));
+        Ok(())
+    }
+
+    /// Asks for something, and waits for the answer.
+    ///
+    /// # Errors
+    /// [`MachineError::Ended`] where the launcher ends first, and what it refuses.
+    pub(crate) async fn request(
+        &self,
+        request: Request,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Answer, MachineError> {
+        Ok(self.ask(request, fds).await??)
+    }
+
+    /// As [`request`](Self::request), but gives a refusal as it is.
+    pub(crate) async fn ask(
+        &self,
+        request: Request,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Result<Answer, Refusal>, MachineError> {
+        let id = self.number();
+        let waiting = self.await_answer(Awaited::Request(id))?;
+        if request == Request::Boot {
+            self.lock().boot_ordered = Some(now());
+        }
+        self.send(&ToLauncher::Request { id, request }, fds).await?;
+        waiting.answer().await.ok_or(MachineError::Ended)
+    }
+
+    /// Takes what the guest opens to `port`, until the receiver is [released](Self::release).
+    ///
+    /// # Errors
+    /// [`MachineError::PortInUse`] and as [`request`](Self::request).
+    pub(crate) async fn listen(
+        self: &Arc<Self>,
+        port: u32,
+    ) -> Result<Listening, MachineError> {
+        let (send, streams) = mpsc::channel(WAITING_STREAMS);
+        let known = {
+            let mut state = self.lock();
+            if state.over {
+                return Err(MachineError::Ended);
+            }
+            if state.listeners.contains_key(&port) {
+                return Err(MachineError::PortInUse(port));
+            }
+            state.listeners.insert(port, send);
+            state.deserted.remove(&port)
+        };
+        // From here on its drop takes everything back.
+        let listening = Listening { life: self.clone(), port, streams };
+        if !known {
+            self.request(Request::Listen { port }, &[]).await?;
+        }
+        Ok(listening)
+    }
+
+    fn release(&self, port: u32) {
+        let id = self.number();
+        let mut state = self.lock();
+        if state.listeners.remove(&port).is_none() || state.over {
+            return;
+        }
+        let message = ToLauncher::Request { id, request: Request::Unlisten { port } };
+        let sent = packet::encode(&message)
+            .and_then(|bytes| packet::send(self.control.get_ref().as_fd(), &bytes, &[]));
+        if sent.is_err() {
+            // What comes there is refused here, until somebody listens again.
+            state.deserted.insert(port);
+        }
+    }
+
+    /// Kills the launcher without waiting for its end.
+    pub(crate) fn kill(&self) {
+        self.killed.store(true, Ordering::Release);
+        launcher::kill(self.exact.get_ref());
+    }
+
+    /// Waits for the end, after which nothing of this life is left on the host but what this value holds.
+    pub(crate) async fn ended(&self) -> MachineExit {
+        let mut exit = self.exit.subscribe();
+        loop {
+            if let Some(exit) = &*exit.borrow_and_update() {
+                return exit.clone();
+            }
+            // `self` holds the sender, so that this cannot fail.
+            let _ = exit.changed().await;
+        }
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        self.exit.borrow().is_some()
+    }
+
+    pub(crate) fn pid(&self) -> Option<u32> {
+        (!self.is_over()).then_some(self.pid)
+    }
+
+    pub(crate) fn stages(&self) -> StageTimes {
+        self.lock().stages
+    }
+
+    /// Gives the last of the console, and how the machine failed, if it did.
+    pub(crate) fn console(&self) -> Bytes {
+        let console = self.ring.last();
+        let state = self.lock();
+        let why = match (&state.end, &state.broken) {
+            (Some(End::Failed(why)), _) | (_, Some(why)) => why,
+            _ => return console,
+        };
+        let line_end = if console.last().is_none_or(|last| *last == b'\n') { "" } else { "\r\n" };
+        let note = format!("{line_end}twinvm: the machine failed: {why}\r\n");
+        [&console[..], note.as_bytes()].concat().into()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn number(&self) -> u64 {
+        let mut state = self.lock();
+        state.next_request += 1;
+        state.next_request
+    }
+
+    fn await_answer(&self, awaited: Awaited) -> Result<Waiting<'_>, MachineError> {
+        let (send, answer) = oneshot::channel();
+        let mut state = self.lock();
+        if state.over {
+            return Err(MachineError::Ended);
+        }
+        state.waiting.insert(awaited, send);
+        Ok(Waiting { life: self, awaited, answer })
+    }
+
+    async fn send(&self, message: &ToLauncher, fds: &[BorrowedFd<'_>]) -> Result<(), MachineError> {
+        let bytes = packet::encode(message).map_err(|error| host(&error))?;
+        let sent = self.control.async_io(Interest::WRITABLE, |socket| {
+            packet::send(socket.as_fd(), &bytes, fds)
+        });
+        match sent.await {
+            Ok(()) => Ok(()),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+                ) =>
+            {
+                Err(MachineError::Ended)
+            }
+            Err(error) => Err(host(&error)),
+        }
+    }
+
+    async fn receive(&self, buffer: &mut [u8]) -> Result<Received, BadPacket> {
+        loop {
+            let mut ready = self.control.readable().await?;
+            match packet::receive(self.control.get_ref().as_fd(), buffer)? {
+                Received::Nothing => ready.clear_ready(),
+                received => return Ok(received),
+            }
+        }
+    }
+
+    /// Listens to the launcher until nothing more is to be heard.
+    async fn hear(&self, buffer: &mut [u8]) {
+        loop {
+            let heard = match self.receive(buffer).await {
+                Ok(Received::Packet(message, fds)) => self.take(message, fds),
+                Ok(Received::HangUp | Received::Nothing) => return,
+                Err(error) => Err(error.to_string()),
+            };
+            match heard {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(why) => {
+                    self.lock().broken = Some(format!("the launcher broke its protocol: {why}"));
+                    launcher::kill(self.exact.get_ref());
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Acts on a message. Says whether more may follow.
+    fn take(&self, message: FromLauncher, fds: Vec<OwnedFd>) -> Result<bool, String> {
+        let mut state = self.lock();
+        match message {
+            FromLauncher::Hello { version } if version == CONTROL_VERSION => {
+                state.answer(Awaited::Hello, Ok(Answer::Done))?;
+            }
+            FromLauncher::Hello { version } => {
+                let reason = format!(
+                    "the launcher speaks version {version}, this program version {CONTROL_VERSION}"
+                );
+                state.answer(Awaited::Hello, Err(Refusal::Failed(reason)))?;
+            }
+            FromLauncher::SetUpDone(result) => {
+                state.answer(Awaited::SetUp, result.map(|()| Answer::Done))?;
+            }
+            FromLauncher::Reply { id, .. } if id > state.next_request => {
+                return Err(format!("it answered request {id}, which was never made"));
+            }
+            FromLauncher::Reply { id, result } => {
+                // Whoever asked may have gone away.
+                let _ = state.answer(Awaited::Request(id), result);
+            }
+            FromLauncher::Incoming { port } => {
+                // Refused, by closing it, where nobody listens or too many wait.
+                if let (Some(listener), Some(stream)) =
+                    (state.listeners.get(&port), fds.into_iter().next())
+                {
+                    let _ = listener.try_send(stream);
+                }
+            }
+            FromLauncher::Mark { mark, at_ns } => state.mark(mark, Duration::from_nanos(at_ns)),
+            FromLauncher::Ended(end) => {
+                state.end = Some(end);
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Reaps the launcher, whose process has ended, and tells everybody.
+    fn finish(&self, buffer: &mut [u8]) {
+        if self.is_over() {
+            return;
+        }
+        // Its last words may still be there to be read.
+        while self.lock().end.is_none()
+            && let Ok(Received::Packet(message, fds)) =
+                packet::receive(self.control.get_ref().as_fd(), buffer)
+            && self.take(message, fds) == Ok(true)
+        {}
+        let status = self.process.lock().unwrap_or_else(PoisonError::into_inner).reap();
+        drop(self.lifeline.lock().unwrap_or_else(PoisonError::into_inner).take());
+        let exit = {
+            let mut state = self.lock();
+            state.over = true;
+            state.waiting.clear();
+            state.listeners.clear();
+            self.how(&mut state, status.ok())
+        };
+        self.exit.send_replace(Some(exit));
+    }
+
+    fn how(&self, state: &mut State, status: Option<ExitStatus>) -> MachineExit {
+        match &state.end {
+            // A guest that resets its machine goes down in an orderly way; nothing boots it again.
+            Some(End::PoweredOff | End::Reset) => MachineExit::PoweredOff,
+            Some(End::Panicked) => MachineExit::Crashed(CrashReason::GuestPanic),
+            Some(End::Failed(_)) => MachineExit::Crashed(CrashReason::VmmDied),
+            None if self.killed.load(Ordering::Acquire) => MachineExit::Killed,
+            None => {
+                if state.broken.is_none() {
+                    let status = status.map_or_else(String::new, |status| format!(": {status}"));
+                    let words = self.words();
+                    state.broken = Some(format!("the launcher ended unasked{status}{words}"));
+                }
+                MachineExit::Crashed(CrashReason::VmmDied)
+            }
+        }
+    }
+
+    fn end_as_error(&self, what: &str) -> MachineError {
+        let state = self.lock();
+        let why = match (&state.end, &state.broken) {
+            (Some(End::Failed(why)), _) | (_, Some(why)) => why.clone(),
+            _ => format!("the launcher {what}"),
+        };
+        MachineError::Failed(why)
+    }
+
+    /// Gives what the launcher wrote to its standard error, to be put after a text.
+    fn words(&self) -> String {
+        match last_words(&self.messages) {
+            words if words.is_empty() => words,
+            words => format!("; it said: {words}"),
+        }
+    }
+}
+
+impl State {
+    fn answer(
+        &mut self,
+        awaited: Awaited,
+        result: Result<Answer, Refusal>,
+    ) -> Result<(), String> {
+        let waiting = self.waiting.remove(&awaited);
+        let waiting = waiting.ok_or_else(|| format!("nobody waits for an answer to {awaited:?}"))?;
+        let _ = waiting.send(result);
+        Ok(())
+    }
+
+    fn mark(&mut self, mark: u8, at: Duration) {
+        if mark == BootMark::Init as u8 && self.init_at.is_none() {
+            self.init_at = Some(at);
+            self.stages.kernel_to_init =
+                self.boot_ordered.map(|ordered| at.saturating_sub(ordered));
+        } else if mark == BootMark::Listening as u8 && self.stages.init_to_listening.is_none() {
+            self.stages.init_to_listening = self.init_at.map(|init| at.saturating_sub(init));
+        }
+    }
+}
+
+/// The streams that the guest opens to one port. Dropping it refuses more.
+#[derive(Debug)]
+pub(crate) struct Listening {
+    life: Arc<Life>,
+    port: u32,
+    streams: mpsc::Receiver<OwnedFd>,
+}
+
+impl Listening {
+    /// Waits for the next stream; there is none once the machine has ended.
+    pub(crate) async fn next(&mut self) -> Option<OwnedFd> {
+        self.streams.recv().await
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        self.life.release(self.port);
+    }
+}
+
+/// Waits for an answer, and forgets about it when dropped.
+struct Waiting<'a> {
+    life: &'a Life,
+    awaited: Awaited,
+    answer: oneshot::Receiver<Result<Answer, Refusal>>,
+}
+
+impl Waiting<'_> {
+    /// Gives the answer, or nothing where the launcher ended first.
+    async fn answer(mut self) -> Option<Result<Answer, Refusal>> {
+        (&mut self.answer).await.ok()
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.life.lock().waiting.remove(&self.awaited);
+    }
+}
+
+/// Kills a launcher that nobody wants any more.
+struct Doomed(Option<Arc<Life>>);
+
+impl Drop for Doomed {
+    fn drop(&mut self) {
+        if let Some(life) = self.0.take() {
+            life.kill();
+        }
+    }
+}
+
+/// The duty to see a launcher's end. It is passed on to a thread when its task is dropped with its runtime.
+struct Watch(Option<Arc<Life>>);
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        let Some(life) = self.0.take() else { return };
+        if life.is_over() {
+            return;
+        }
+        life.kill();
+        let end = {
+            let life = life.clone();
+            move || see_the_end(&life)
+        };
+        let thread = thread::Builder::new().name("vm-kvm-end".to_owned()).spawn(end);
+        if thread.is_err() {
+            see_the_end(&life);
+        }
+    }
+}
+
+fn see_the_end(life: &Life) {
+    let mut exit = [PollFd::from_borrowed_fd(life.exact.get_ref().as_fd(), PollFlags::IN)];
+    let _ = rustix::io::retry_on_intr(|| rustix::event::poll(&mut exit, None));
+    life.finish(&mut vec![0; MAX_PACKET]);
+}
+
+async fn watch(mut watch: Watch) {
+    let Some(life) = watch.0.clone() else { return };
+    let mut buffer = vec![0; MAX_PACKET];
+    let silent = tokio::select! {
+        () = life.hear(&mut buffer) => true,
+        _ = life.exact.readable() => false,
+    };
+    if silent {
+        let _ = tokio::time::timeout(EXIT_GRACE, life.exact.readable()).await;
+        launcher::kill(life.exact.get_ref());
+    }
+    if life.exact.readable().await.is_err() {
+        // The runtime is going down.
+        return;
+    }
+    life.finish(&mut buffer);
+    watch.0 = None;
+}
+
+/// Gives the host's monotonic clock, which launchers read too.
+fn now() -> Duration {
+    let time = rustix::time::clock_gettime(ClockId::Monotonic);
+    let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+    Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or(0))
+}
+
+/// Says why the host did not do something for a launcher.
+pub(crate) fn host(error: &io::Error) -> MachineError {
+    use rustix::io::Errno;
+    let what = match Errno::from_io_error(error) {
+        Some(Errno::AGAIN) => "processes",
+        Some(Errno::NOMEM) => "memory",
+        Some(Errno::MFILE | Errno::NFILE) => "file descriptors",
+        _ => return MachineError::Failed(format!("the launcher could not be used: {error}")),
+    };
+    MachineError::Exhausted(what.to_owned())
+}
+
+impl From<Refusal> for MachineError {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Config { field, reason } => Self::Config { field, reason },
+            Refusal::Exhausted(what) => Self::Exhausted(what),
+            refusal @ Refusal::State(_) => Self::Failed(refusal.to_string()),
+            Refusal::Failed(reason) => Self::Failed(reason),
+        }
+    }
+}
