@@ -11,9 +11,11 @@ pub mod entropy;
 pub mod mmio;
 pub mod queue;
 pub mod state;
+pub mod vsock;
 
 pub use block::{BlockDevice, BlockOptions};
 pub use device::{DeviceBroken, Interrupt, Memory, VirtioDevice};
 pub use entropy::EntropyDevice;
 pub use mmio::{IrqLine, MmioTransport};
 pub use state::TransportState;
+pub use vsock::{VsockDevice, VsockLimits, VsockState};

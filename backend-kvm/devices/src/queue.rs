@@ -272,6 +272,24 @@ impl DeviceQueue {
         }
     }
 
+    /// Puts the chain that was popped last back, to be popped again.
+    pub fn unpop(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
+    /// Asks the driver to announce chains from now on, or not to; it may do so all the same. Gives true where some wait
+    /// already that it will not announce.
+    ///
+    /// # Errors
+    /// When the ring cannot be used.
+    pub fn announce(&mut self, on: bool) -> Result<bool, QueueError> {
+        if on {
+            return Ok(self.queue.enable_notification(&self.memory)?);
+        }
+        self.queue.disable_notification(&self.memory)?;
+        Ok(false)
+    }
+
     /// Gives a chain back to the driver with the number of bytes written to it.
     ///
     /// # Errors
