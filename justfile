@@ -29,6 +29,14 @@ lint:
 contract-doc:
     cargo run -p vm-dst -- clauses --markdown > docs/contract.md
 
+# Run a command inside a Linux that offers /dev/kvm, on any machine
+lab *command:
+    lab/run {{ command }}
+
+# Check the lab itself
+lab-selftest:
+    lab/selftest
+
 # Run what CI runs
 ci:
     bash .ci/run
