@@ -25,6 +25,7 @@ pub(crate) enum Purpose {
     Yield,
     Link,
     HostDisk,
+    Vsock,
 }
 
 const FIRST_FAULT: usize = 32;

@@ -57,9 +57,9 @@ fault_kinds! {
     HostLost = "host_lost" in Running,
     /// The connection to the agent breaks.
     LinkDisconnect = "link_disconnect" in Link,
-    /// The connection moves no bytes for a while.
+    /// A connection moves no bytes for a while: the agent's, or a stream to a vsock port.
     LinkStall = "link_stall" in Link,
-    /// Reads and writes move fewer bytes than they could.
+    /// Reads and writes of a connection, the agent's or a stream to a vsock port, move fewer bytes than they could.
     LinkShort = "link_short" in Link,
     /// The agent accepts a connection late.
     LinkDelayedAccept = "link_delayed_accept" in Link,

@@ -193,6 +193,7 @@ impl Syscalls<'_> {
             Opened::Proc { .. } => FdStat::File { size: 0 },
             Opened::PipeRead(_) | Opened::PipeWrite(_) => FdStat::Pipe,
             Opened::Pty(_) => FdStat::Terminal,
+            Opened::Listener(_) | Opened::Socket(_) => FdStat::Socket,
             Opened::Device(_) => FdStat::Device,
         })
     }
@@ -274,7 +275,8 @@ impl Kernel {
                 let pty = self.ptys.get_mut(pty).ok_or(Errno::IO)?;
                 return pty.slave_read(max).ok_or(Errno::AGAIN);
             }
-            Opened::PipeWrite(_) => return Err(Errno::BADF),
+            Opened::Socket(socket) => return self.vsock.read(*socket, max),
+            Opened::PipeWrite(_) | Opened::Listener(_) => return Err(Errno::BADF),
         };
         open.offset += bytes.len() as u64;
         Ok(bytes)
@@ -311,7 +313,8 @@ impl Kernel {
                 None | Some(Taken::Broken) => return Err(Errno::IO),
                 Some(taken) => taken,
             },
-            Opened::PipeRead(_) => return Err(Errno::BADF),
+            Opened::Socket(socket) => return self.vsock.write(*socket, bytes),
+            Opened::PipeRead(_) | Opened::Listener(_) => return Err(Errno::BADF),
         };
         match taken {
             Taken::Some(taken) => Ok(taken),

@@ -9,6 +9,7 @@ use super::{
     program::ProgramRegistry,
     pty::Pty,
     vfs::{Ino, Vfs},
+    vsock::Vsock,
 };
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
@@ -95,6 +96,7 @@ pub(super) struct Kernel {
     pub(super) files: BTreeMap<u32, OpenFile>,
     pub(super) pipes: BTreeMap<u32, Pipe>,
     pub(super) ptys: BTreeMap<u32, Pty>,
+    pub(super) vsock: Vsock,
     last_id: u32,
     pub(super) children: BTreeMap<Child, AgentChild>,
     pub(super) last_child: u64,
@@ -139,6 +141,7 @@ impl SimOs {
             files: BTreeMap::new(),
             pipes: BTreeMap::new(),
             ptys: BTreeMap::new(),
+            vsock: Vsock::default(),
             last_id: 0,
             children: BTreeMap::new(),
             last_child: 0,

@@ -38,6 +38,7 @@ mod signals;
 pub mod syscalls;
 mod tree;
 mod vfs;
+mod vsock;
 
 pub use disk::{DiskImage, DiskSetup};
 pub use fault::{OsFault, OsFaults, SysCall};
@@ -45,6 +46,7 @@ pub use image::LoadError;
 pub use kernel::{OsConfig, OsEvent, RunReport, SetupError, SimOs};
 pub use program::{GuestProgram, ProgramRegistry, Step, WaitFor};
 pub use syscalls::{ChildFds, ChildSpec, FdStat, OpenFlags, Syscalls};
+pub(crate) use vsock::SocketEnd;
 
 #[cfg(test)]
 mod tests;

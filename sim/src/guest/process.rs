@@ -71,10 +71,16 @@ pub(super) struct OpenFile {
 pub(super) enum Opened {
     Inode(Ino),
     Device(Device),
-    Proc { node: u32, content: Bytes },
+    Proc {
+        node: u32,
+        content: Bytes,
+    },
     PipeRead(u32),
     PipeWrite(u32),
     Pty(u32),
+    /// The vsock port that is listened on.
+    Listener(u32),
+    Socket(u32),
 }
 
 impl Process {
@@ -210,7 +216,7 @@ impl Kernel {
                     pty.slaves += 1;
                 }
             }
-            Opened::Device(_) | Opened::Proc { .. } => {}
+            Opened::Device(_) | Opened::Proc { .. } | Opened::Listener(_) | Opened::Socket(_) => {}
         }
         let file = self.next_id();
         self.files.insert(file, OpenFile { refs: 1, flags, offset: 0, what });
@@ -236,6 +242,8 @@ impl Kernel {
                     }
                 }
             }
+            Opened::Listener(port) => self.vsock.close_listener(port),
+            Opened::Socket(socket) => self.vsock.close(socket),
             Opened::Device(_) | Opened::Proc { .. } => {}
         }
     }
@@ -341,6 +349,8 @@ impl Kernel {
                 .ptys
                 .get(pty)
                 .is_none_or(|pty| if to_write { pty.is_writable() } else { pty.is_readable() }),
+            Some(Opened::Listener(port)) => to_write || self.vsock.has_waiting(*port),
+            Some(Opened::Socket(socket)) => self.vsock.is_ready(*socket, to_write),
             _ => true,
         }
     }

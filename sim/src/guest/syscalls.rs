@@ -76,6 +76,8 @@ pub enum FdStat {
     Directory,
     /// A pipe.
     Pipe,
+    /// A vsock connection or listener.
+    Socket,
     /// A terminal.
     Terminal,
     /// A device.

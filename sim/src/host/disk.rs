@@ -78,6 +78,16 @@ impl Disk {
         Ok(number)
     }
 
+    /// Opens a file that is appended to, and makes it where it is not there.
+    pub(super) fn open_or_create(&mut self, path: &Path) -> io::Result<u64> {
+        if self.names.contains_key(path) {
+            return self.open(path);
+        }
+        let number = self.create(path)?;
+        self.inode_mut(number)?.temporary = false;
+        Ok(number)
+    }
+
     pub(super) fn close(&mut self, number: u64) {
         if let Some(inode) = self.inodes.get_mut(&number) {
             inode.open = inode.open.saturating_sub(1);

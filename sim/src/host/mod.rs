@@ -6,6 +6,7 @@ mod fs;
 pub use fs::SimHostFs;
 
 use crate::{guest::DiskImage, rng::Purpose, world::World};
+use bytes::Bytes;
 use disk::Disk;
 use serde::{Deserialize, Serialize};
 use std::{
@@ -16,6 +17,9 @@ use std::{
 };
 use vm_core::machine::MachineError;
 use vm_trait::{DiskConfig, Mib, VmId};
+
+/// The device that takes no byte, as on Linux.
+const FULL: &str = "/dev/full";
 
 /// What the simulated host offers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -217,6 +221,31 @@ impl HostState {
         if let Some(image) = image {
             disk.image = image;
         }
+    }
+
+    /// Makes the file of a console, where it is not there.
+    pub(crate) fn begin_console(&mut self, path: &Path) -> io::Result<()> {
+        if path != Path::new(FULL) {
+            let file = self.disk.open_or_create(path)?;
+            self.disk.close(file);
+        }
+        Ok(())
+    }
+
+    /// Appends to the file of a console, as much as fits.
+    pub(crate) fn append_console(
+        &mut self,
+        path: &Path,
+        bytes: &Bytes,
+        limits: &SimHostLimits,
+    ) -> io::Result<()> {
+        if path == Path::new(FULL) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        let file = self.disk.open_or_create(path)?;
+        let appended = self.disk.append(file, bytes, limits.disk_bytes);
+        self.disk.close(file);
+        appended
     }
 
     pub(crate) fn crash(&mut self, draw: &mut dyn FnMut(u64) -> u64) {

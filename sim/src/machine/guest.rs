@@ -2,14 +2,15 @@
 
 use super::{
     console::Console,
+    lines::Lines,
     link::{Arrival, Pipe},
 };
 use crate::{
-    guest::{DiskImage, OsEvent, SimOs},
+    guest::{DiskImage, OsEvent, SimOs, SocketEnd},
     rng::{Purpose, Streams},
 };
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, time::Duration};
+use std::time::Duration;
 use vm_core::machine::MachineExit;
 use vm_guest_agent::{
     core::{AgentConfig, AgentCore, ConnId},
@@ -118,6 +119,7 @@ impl Guest {
     pub(super) fn copy(&self) -> Self {
         let mut copy = self.clone();
         copy.agent.reset_connections();
+        copy.os.vsock_reset();
         copy
     }
 
@@ -142,7 +144,8 @@ impl Guest {
             Ok(_) => return Err("bytes behind the guest's state".to_owned()),
             Err(error) => return Err(error.to_string()),
         };
-        let os = SimOs::load(&saved.os, programs).map_err(|error| error.to_string())?;
+        let mut os = SimOs::load(&saved.os, programs).map_err(|error| error.to_string())?;
+        os.vsock_reset();
         let mut agent = saved.agent;
         agent.reset_connections();
         Ok(Self {
@@ -165,7 +168,7 @@ impl Guest {
     pub(super) fn run(
         &mut self,
         now: Duration,
-        pipes: &mut BTreeMap<ConnId, Pipe>,
+        lines: &mut Lines,
         console: &mut Console,
         streams: &Streams,
     ) -> Progress {
@@ -173,7 +176,7 @@ impl Guest {
         let until = self.clock(now);
         let mut idle_at = None;
         for _ in 0..STEPS {
-            let Some(next) = self.next_event(now, pipes) else { return progress };
+            let Some(next) = self.next_event(now, lines) else { return progress };
             if next > until {
                 progress.next = Some(next);
                 return progress;
@@ -185,7 +188,7 @@ impl Guest {
                 return progress;
             }
             self.os.set_monotonic(at);
-            let came = self.instant(at, now, pipes, console, streams, &mut progress);
+            let came = self.instant(at, now, lines, console, streams, &mut progress);
             idle_at = (!came).then_some(at);
             progress.delivered |= came;
             if progress.exit.is_some() {
@@ -197,7 +200,7 @@ impl Guest {
     }
 
     /// Gives the guest's time at which something happens next.
-    fn next_event(&self, now: Duration, pipes: &BTreeMap<ConnId, Pipe>) -> Option<Duration> {
+    fn next_event(&self, now: Duration, lines: &Lines) -> Option<Duration> {
         if self.os.is_halted() {
             return None;
         }
@@ -212,17 +215,25 @@ impl Guest {
         };
         sooner(self.os.next_wakeup());
         sooner(self.slice_at);
-        if !self.deaf {
-            for (conn, pipe) in pipes {
-                let due = pipe.due(self.agent.wants_input(*conn));
-                sooner(due.map(|due| self.guest_time(due, now)));
-            }
+        let heard = |pipe: &Pipe| !self.deaf || pipe.socket.is_some();
+        for (conn, pipe) in lines.pipes.iter().filter(|(_, pipe)| heard(pipe)) {
+            let due = pipe.due(self.room(*conn, pipe));
+            sooner(due.map(|due| self.guest_time(due, now)));
         }
         // The agent does one thing at a time; the processes beside it go on with it.
         if self.busy_until > self.os.monotonic() {
             return Some(next.map_or(self.busy_until, |next| next.max(self.busy_until)));
         }
         next
+    }
+
+    /// Gives how many bytes of a connection the guest takes now.
+    fn room(&self, conn: ConnId, pipe: &Pipe) -> usize {
+        match pipe.socket {
+            Some(socket) => self.os.vsock_room(socket),
+            None if self.agent.wants_input(conn) => usize::MAX,
+            None => 0,
+        }
     }
 
     /// Gives the guest's time that belongs to a host time; what came while it stood still comes at once.
@@ -238,7 +249,7 @@ impl Guest {
         &mut self,
         at: Duration,
         now: Duration,
-        pipes: &mut BTreeMap<ConnId, Pipe>,
+        lines: &mut Lines,
         console: &mut Console,
         streams: &Streams,
         progress: &mut Progress,
@@ -249,14 +260,16 @@ impl Guest {
             return false;
         }
         self.slice_at = None;
-        let came = !self.deaf && self.take_arrivals(self.host_time(at).unwrap_or(now), pipes);
+        let host_time = self.host_time(at).unwrap_or(now);
+        let came = self.take_arrivals(host_time, lines);
         self.settle(at, streams);
+        self.pass_dials(host_time, lines, streams);
         let delay = self.os.take_agent_delay();
         if !delay.is_zero() {
             self.busy_until = at + delay;
             self.slice_at = Some(self.busy_until);
         } else {
-            self.send(pipes);
+            self.send(lines);
         }
         if self.os.has_events() {
             self.take_events(console, progress);
@@ -273,10 +286,16 @@ impl Guest {
         }
     }
 
-    fn take_arrivals(&mut self, now: Duration, pipes: &mut BTreeMap<ConnId, Pipe>) -> bool {
+    fn take_arrivals(&mut self, now: Duration, lines: &mut Lines) -> bool {
         let mut came = false;
-        pipes.retain(|conn, pipe| {
-            while let Some(arrival) = pipe.arrive(now, self.agent.wants_input(*conn)) {
+        lines.pipes.retain(|conn, pipe| {
+            if let Some(socket) = pipe.socket {
+                return self.take_for_socket(socket, pipe, now, &mut came);
+            }
+            if self.deaf {
+                return true;
+            }
+            while let Some(arrival) = pipe.arrive(now, self.room(*conn, pipe)) {
                 came = true;
                 match arrival {
                     Arrival::Accept => self.agent.connected(*conn),
@@ -298,6 +317,38 @@ impl Guest {
             true
         });
         came
+    }
+
+    /// Takes what has arrived for a socket. Says whether the connection goes on.
+    fn take_for_socket(
+        &mut self,
+        socket: u32,
+        pipe: &mut Pipe,
+        now: Duration,
+        came: &mut bool,
+    ) -> bool {
+        if pipe.host_dropped && pipe.guest_is_gone() {
+            return false;
+        }
+        while let Some(arrival) = pipe.arrive(now, self.os.vsock_room(socket)) {
+            *came = true;
+            match arrival {
+                Arrival::Accept => {
+                    self.os.vsock_answer(socket, !pipe.refused);
+                    if pipe.refused {
+                        return false;
+                    }
+                }
+                Arrival::Bytes(bytes) => self.os.vsock_deliver(socket, bytes),
+                Arrival::Closed => {
+                    self.os.vsock_peer_closed(socket, pipe.host_dropped);
+                    if pipe.host_dropped {
+                        return false;
+                    }
+                }
+            }
+        }
+        true
     }
 
     /// Lets agent and processes go on until both wait.
@@ -327,13 +378,15 @@ impl Guest {
     }
 
     /// Hands on what waited for room. Says whether there was anything.
-    pub(super) fn send_waiting(&mut self, pipes: &mut BTreeMap<ConnId, Pipe>) -> bool {
+    pub(super) fn send_waiting(&mut self, lines: &mut Lines) -> bool {
         if self.busy_until > self.os.monotonic() {
             return false;
         }
         let mut waited = false;
-        for (conn, pipe) in pipes.iter_mut().filter(|(_, pipe)| pipe.accepted) {
-            if let Some(outgoing) = self.agent.outgoing(*conn)
+        for (conn, pipe) in lines.pipes.iter_mut().filter(|(_, pipe)| pipe.accepted) {
+            if let Some(socket) = pipe.socket {
+                waited |= self.send_of_socket(socket, pipe);
+            } else if let Some(outgoing) = self.agent.outgoing(*conn)
                 && !outgoing.is_empty()
             {
                 waited |= pipe.send(outgoing);
@@ -342,14 +395,39 @@ impl Guest {
         waited
     }
 
+    /// Hands on what a socket holds. Says whether there was anything.
+    fn send_of_socket(&mut self, socket: u32, pipe: &mut Pipe) -> bool {
+        if pipe.guest_is_gone() {
+            return false;
+        }
+        let mut sent = false;
+        loop {
+            let (bytes, end) = self.os.vsock_take(socket, pipe.room_to_host());
+            pipe.send_bytes(&bytes);
+            sent |= !bytes.is_empty();
+            match end {
+                SocketEnd::Open if bytes.is_empty() => return sent,
+                SocketEnd::Open => {}
+                SocketEnd::Done => {
+                    pipe.finish();
+                    return sent;
+                }
+                SocketEnd::Gone => {
+                    pipe.end();
+                    return sent;
+                }
+            }
+        }
+    }
+
     /// Hands what the agent has to say to the links.
-    fn send(&mut self, pipes: &mut BTreeMap<ConnId, Pipe>) {
-        self.send_waiting(pipes);
+    fn send(&mut self, lines: &mut Lines) {
+        self.send_waiting(lines);
         for conn in self.agent.to_close() {
             let sent = self.agent.outgoing(conn).is_none_or(|outgoing| outgoing.is_empty());
             if sent {
                 self.agent.disconnected(conn);
-                if let Some(pipe) = pipes.get_mut(&conn) {
+                if let Some(pipe) = lines.pipes.get_mut(&conn) {
                     pipe.end();
                 }
             }

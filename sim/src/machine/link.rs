@@ -1,4 +1,4 @@
-//! The byte stream between the host and the guest agent.
+//! The byte streams between the host and the guest: to its agent, and to its vsock sockets.
 
 use super::Shared;
 use crate::ledger::Held;
@@ -24,16 +24,24 @@ pub(super) struct Pipe {
     /// How many bytes arrive when; times never go back.
     arrivals: VecDeque<(Duration, usize)>,
     to_host: BytesMut,
-    /// When the agent accepts.
+    /// The guest's socket; none on the agent's connections.
+    pub(super) socket: Option<u32>,
+    /// When the guest accepts, or hears of the host's answer.
     pub(super) accept_at: Duration,
     pub(super) accepted: bool,
+    /// The host refuses what the guest dialled.
+    pub(super) refused: bool,
     /// Nothing moves until then.
     stalled_until: Duration,
     /// The host writes no more; the guest hears of it behind the bytes under way.
     host_closed: bool,
     /// The host's end is gone.
     pub(super) host_dropped: bool,
+    /// The guest's socket heard that the host writes no more, and that it is gone.
+    told: (bool, bool),
     /// The guest writes no more.
+    guest_done: bool,
+    /// The guest's end is gone.
     guest_closed: bool,
     /// The connection broke.
     broken: bool,
@@ -54,18 +62,29 @@ impl Pipe {
         Self { accept_at, ..Self::default() }
     }
 
-    /// Gives the time from which on the guest has something to do here.
-    pub(super) fn due(&self, wants_input: bool) -> Option<Duration> {
+    /// Makes a connection that the host opened to a socket.
+    pub(super) fn of_socket(socket: u32) -> Self {
+        Self { socket: Some(socket), accepted: true, ..Self::default() }
+    }
+
+    /// Makes a connection that the guest opens from a socket.
+    pub(super) fn to_socket(socket: u32, answer_at: Duration, accepted: bool) -> Self {
+        let refused = !accepted;
+        Self { socket: Some(socket), accept_at: answer_at, refused, ..Self::default() }
+    }
+
+    /// Gives the time from which on the guest has something to do here, when it takes so many bytes.
+    pub(super) fn due(&self, room: usize) -> Option<Duration> {
         let when = if self.guest_closed {
             return None;
         } else if !self.accepted {
             self.accept_at
         } else if let Some((at, _)) = self.arrivals.front() {
-            if !wants_input {
+            if room == 0 {
                 return None;
             }
             *at
-        } else if self.host_closed || self.broken {
+        } else if self.has_news() {
             Duration::ZERO
         } else {
             return None;
@@ -73,9 +92,18 @@ impl Pipe {
         Some(if self.broken { when } else { when.max(self.stalled_until) })
     }
 
-    /// Takes what has arrived by `now`.
-    pub(super) fn arrive(&mut self, now: Duration, wants_input: bool) -> Option<Arrival> {
-        if self.due(wants_input).is_none_or(|due| due > now) {
+    /// Says whether the guest is yet to hear how the host's end fares.
+    fn has_news(&self) -> bool {
+        self.broken
+            || match self.socket {
+                None => self.host_closed,
+                Some(_) => self.told != (self.host_closed, self.host_dropped),
+            }
+    }
+
+    /// Takes what has arrived by `now`, `room` bytes at most.
+    pub(super) fn arrive(&mut self, now: Duration, room: usize) -> Option<Arrival> {
+        if self.due(room).is_none_or(|due| due > now) {
             return None;
         }
         if !self.accepted {
@@ -83,13 +111,19 @@ impl Pipe {
             return Some(Arrival::Accept);
         }
         let mut length = 0;
-        while let Some((at, more)) = self.arrivals.front()
+        while let Some((at, more)) = self.arrivals.front_mut()
             && *at <= now
+            && length < room
         {
-            length += more;
-            self.arrivals.pop_front();
+            let taken = (*more).min(room - length);
+            length += taken;
+            *more -= taken;
+            if *more == 0 {
+                self.arrivals.pop_front();
+            }
         }
         if length == 0 {
+            self.told = (self.host_closed, self.host_dropped);
             return Some(Arrival::Closed);
         }
         let bytes = self.to_guest.split_to(length).freeze();
@@ -117,10 +151,36 @@ impl Pipe {
         true
     }
 
+    /// Gives how many bytes of the guest can be put under way.
+    pub(super) fn room_to_host(&self) -> usize {
+        CAPACITY.saturating_sub(self.to_host.len())
+    }
+
+    /// Puts bytes of a socket under way, no more than there is room for.
+    pub(super) fn send_bytes(&mut self, bytes: &[u8]) {
+        if !self.broken && !self.host_dropped && !bytes.is_empty() {
+            self.to_host.extend_from_slice(bytes);
+            wake(&mut self.reader);
+        }
+    }
+
+    /// The guest writes no more.
+    pub(super) fn finish(&mut self) {
+        if !self.guest_done {
+            self.guest_done = true;
+            wake(&mut self.reader);
+        }
+    }
+
     /// Ends the guest's side: the agent does not know the connection any more.
     pub(super) fn end(&mut self) {
         self.guest_closed = true;
         self.wake_all();
+    }
+
+    /// Says whether the guest's end is gone.
+    pub(super) fn guest_is_gone(&self) -> bool {
+        self.guest_closed
     }
 
     /// Breaks the connection; `kept` says which part of the bytes under way still arrives.
@@ -223,7 +283,7 @@ impl AsyncRead for SimLink {
         let world = machine.world();
         let mut state = machine.lock();
         let now = world.now();
-        let Some(pipe) = state.pipes.get_mut(&self.conn) else {
+        let Some(pipe) = state.lines.pipes.get_mut(&self.conn) else {
             return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
         };
         if pipe.is_stalled(now) {
@@ -236,7 +296,7 @@ impl AsyncRead for SimLink {
             if pipe.broken {
                 return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
             }
-            if pipe.guest_closed {
+            if pipe.guest_closed || pipe.guest_done {
                 return Poll::Ready(Ok(()));
             }
             register(&mut pipe.reader, cx);
@@ -266,7 +326,7 @@ impl AsyncWrite for SimLink {
         let world = machine.world();
         let mut state = machine.lock();
         let now = world.now();
-        let Some(pipe) = state.pipes.get_mut(&self.conn) else {
+        let Some(pipe) = state.lines.pipes.get_mut(&self.conn) else {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         };
         if pipe.broken || pipe.guest_closed || pipe.host_closed {
@@ -289,7 +349,7 @@ impl AsyncWrite for SimLink {
             return Poll::Pending;
         };
         machine.note_bytes(crate::trace::Tag::ToGuest, &buf[..taken], now);
-        let due = pipe.due(true).unwrap_or(arrive_at);
+        let due = pipe.due(usize::MAX).unwrap_or(arrive_at);
         machine.arm(&mut state, due, now);
         Poll::Ready(Ok(taken))
     }
@@ -317,16 +377,17 @@ impl fmt::Debug for SimLink {
 }
 
 impl Shared {
-    fn close_link(&self, conn: ConnId, dropped: bool) {
+    /// Ends the host's side of a connection, or, where it is dropped, the host's end as a whole.
+    pub(super) fn close_link(&self, conn: ConnId, dropped: bool) {
         let now = self.world().now();
         let mut state = self.lock();
-        if let Some(pipe) = state.pipes.get_mut(&conn) {
+        if let Some(pipe) = state.lines.pipes.get_mut(&conn) {
             pipe.host_closed = true;
             pipe.host_dropped |= dropped;
-            let unknown = pipe.guest_closed || !pipe.accepted;
-            let due = pipe.due(true);
+            let unknown = pipe.guest_closed || (!pipe.accepted && pipe.socket.is_none());
+            let due = pipe.due(usize::MAX);
             if dropped && unknown {
-                state.pipes.remove(&conn);
+                state.lines.pipes.remove(&conn);
             } else if let Some(due) = due {
                 self.arm(&mut state, due, now);
             }
@@ -345,7 +406,7 @@ mod tests {
         #[test]
         fn bytes_arrive_in_order_and_whole(pieces in prop::collection::vec((prop::collection::vec(any::<u8>(), 1..2000), 0_u64..3), 1..40), step in 1_u64..5) {
             let mut pipe = Pipe::new(Duration::ZERO);
-            prop_assert_eq!(pipe.arrive(Duration::ZERO, true), Some(Arrival::Accept));
+            prop_assert_eq!(pipe.arrive(Duration::ZERO, usize::MAX), Some(Arrival::Accept));
             let (mut sent, mut got) = (Vec::new(), Vec::new());
             let mut clock = 0;
             for (bytes, gap) in pieces {
@@ -355,12 +416,12 @@ mod tests {
                 }
                 if clock % step == 0 {
                     let now = AT * u32::try_from(clock / 2).unwrap();
-                    while let Some(Arrival::Bytes(bytes)) = pipe.arrive(now, true) {
+                    while let Some(Arrival::Bytes(bytes)) = pipe.arrive(now, usize::MAX) {
                         got.extend_from_slice(&bytes);
                     }
                 }
             }
-            while let Some(Arrival::Bytes(bytes)) = pipe.arrive(Duration::MAX, true) {
+            while let Some(Arrival::Bytes(bytes)) = pipe.arrive(Duration::MAX, usize::MAX) {
                 got.extend_from_slice(&bytes);
             }
             prop_assert_eq!(got, sent);
@@ -369,27 +430,27 @@ mod tests {
         #[test]
         fn a_broken_connection_delivers_a_prefix_and_then_its_end(length in 1_usize..3000, kept in 0_usize..3000) {
             let mut pipe = Pipe::new(Duration::ZERO);
-            pipe.arrive(Duration::ZERO, true);
+            pipe.arrive(Duration::ZERO, usize::MAX);
             let bytes: Vec<_> = (0..length).map(|n| u8::try_from(n % 251).unwrap()).collect();
             pipe.write(&bytes, AT);
             pipe.break_down(&mut |bound| kept.min(bound - 1));
             let mut got = Vec::new();
-            while let Some(Arrival::Bytes(bytes)) = pipe.arrive(Duration::MAX, true) {
+            while let Some(Arrival::Bytes(bytes)) = pipe.arrive(Duration::MAX, usize::MAX) {
                 got.extend_from_slice(&bytes);
             }
             prop_assert_eq!(&got[..], &bytes[..kept.min(length)]);
-            prop_assert_eq!(pipe.arrive(Duration::MAX, true), Some(Arrival::Closed));
+            prop_assert_eq!(pipe.arrive(Duration::MAX, usize::MAX), Some(Arrival::Closed));
         }
 
         #[test]
         fn nothing_arrives_while_stalled(until in 2_u32..50) {
             let mut pipe = Pipe::new(Duration::ZERO);
-            pipe.arrive(Duration::ZERO, true);
+            pipe.arrive(Duration::ZERO, usize::MAX);
             pipe.write(b"x", AT);
             pipe.stall(AT * until);
-            prop_assert_eq!(pipe.due(true), Some(AT * until));
-            prop_assert_eq!(pipe.arrive(AT * (until - 1), true), None);
-            prop_assert_eq!(pipe.arrive(AT * until, true), Some(Arrival::Bytes(Bytes::from_static(b"x"))));
+            prop_assert_eq!(pipe.due(usize::MAX), Some(AT * until));
+            prop_assert_eq!(pipe.arrive(AT * (until - 1), usize::MAX), None);
+            prop_assert_eq!(pipe.arrive(AT * until, usize::MAX), Some(Arrival::Bytes(Bytes::from_static(b"x"))));
         }
     }
 

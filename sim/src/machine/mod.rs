@@ -2,6 +2,7 @@
 
 mod console;
 mod guest;
+mod lines;
 mod link;
 mod shared;
 
@@ -26,12 +27,13 @@ use vm_core::{
         MachineStatus, SectionSink, Sections,
     },
 };
+use vm_guest_protocol::AGENT_PORT;
 use vm_trait::{Capabilities, HostLimits, Mib};
 
 /// The section that holds a machine's state.
 const SECTION: &str = "guest";
 /// The version of that section.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// The architecture that the guests have, whatever the host's.
 const ARCH: &str = "sim64";
 /// The most processes of a guest.
@@ -253,6 +255,7 @@ impl SimMachine {
         }
         drop(state);
         self.0.note(4, || "vCPUs run".to_owned());
+        self.0.goes_on();
         self.0.wake_driver();
         Ok(())
     }
@@ -323,16 +326,17 @@ impl Machine for SimMachine {
         Ok(self.0.lock().status)
     }
 
-    async fn listen(&self, _port: u32) -> Result<Box<dyn Acceptor>, MachineError> {
-        Err(MachineError::Unsupported("vsock".to_owned()))
-    }
-
     async fn connect(&self, port: u32) -> Result<Box<dyn Link>, MachineError> {
-        if port != vm_guest_protocol::AGENT_PORT {
-            return Err(MachineError::Unsupported("vsock".to_owned()));
+        if port != AGENT_PORT {
+            return Ok(Box::new(self.0.dial(port).await?));
         }
         self.world().enter().await;
         Ok(Box::new(self.0.connect()?))
+    }
+
+    async fn listen(&self, port: u32) -> Result<Box<dyn Acceptor>, MachineError> {
+        self.world().enter().await;
+        Ok(Box::new(self.0.listen(port)?))
     }
 
     async fn save(&self, sections: &mut dyn SectionSink) -> Result<(), MachineError> {

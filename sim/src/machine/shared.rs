@@ -3,6 +3,7 @@
 use super::{
     console::Console,
     guest::{Guest, Progress},
+    lines::Lines,
     link::{Pipe, SimLink},
 };
 use crate::{
@@ -15,7 +16,6 @@ use crate::{
 };
 use bytes::Bytes;
 use std::{
-    collections::BTreeMap,
     future::Future,
     pin::Pin,
     sync::{
@@ -25,13 +25,12 @@ use std::{
     task::{Context, Poll, Waker},
     time::Duration,
 };
-use tokio::sync::Notify;
+use tokio::sync::{Notify, futures::Notified};
 use vm_core::{
     env::Env,
     fault::FaultKind,
     machine::{MachineError, MachineExit, MachineSpec, MachineStatus},
 };
-use vm_guest_agent::core::ConnId;
 use vm_trait::{CrashReason, VmId};
 
 /// A message takes this long from the host to the guest.
@@ -42,7 +41,8 @@ pub(crate) struct Shared {
     world: Arc<World>,
     spec: MachineSpec,
     state: Mutex<State>,
-    ended: Notify,
+    /// It ended, or goes on after a pause.
+    changed: Notify,
     number: AtomicU64,
 }
 
@@ -50,9 +50,8 @@ pub(super) struct State {
     pub(super) status: MachineStatus,
     pub(super) exit: Option<MachineExit>,
     pub(super) guest: Option<Guest>,
-    pub(super) pipes: BTreeMap<ConnId, Pipe>,
+    pub(super) lines: Lines,
     pub(super) console: Console,
-    next_conn: u64,
     /// The guest's disks are the host's, and not private copies.
     pub(super) disks_attached: bool,
     driver: Driver,
@@ -76,15 +75,25 @@ struct Aftermath {
 impl Shared {
     /// Finds room on the host for a machine.
     pub(super) fn create(world: &Arc<World>, spec: MachineSpec) -> Result<Arc<Self>, MachineError> {
-        world.host().reserve(&world.limits, spec.config.memory)?;
+        let file = spec.config.console_file.as_deref();
+        {
+            let mut host = world.host();
+            host.reserve(&world.limits, spec.config.memory)?;
+            if let Some(path) = file
+                && let Err(error) = host.begin_console(path)
+            {
+                host.release(spec.config.memory);
+                let (path, reason) = (path.display().to_string(), error.to_string());
+                return Err(MachineError::HostIo { path, reason });
+            }
+        }
         let console = usize::try_from(spec.config.console_bytes).unwrap_or(usize::MAX);
         let state = State {
             status: MachineStatus::Fresh,
             exit: None,
             guest: None,
-            pipes: BTreeMap::new(),
-            console: Console::new(console),
-            next_conn: 0,
+            lines: Lines::default(),
+            console: Console::new(console, file.is_some()),
             disks_attached: false,
             driver: Driver::default(),
             place: Some(world.counters.machines.hold()),
@@ -93,7 +102,7 @@ impl Shared {
             world: Arc::clone(world),
             spec,
             state: Mutex::new(state),
-            ended: Notify::new(),
+            changed: Notify::new(),
             number: AtomicU64::new(0),
         });
         shared.number.store(world.enlist(&shared), Ordering::Relaxed);
@@ -132,6 +141,21 @@ impl Shared {
         if !fresh.is_empty() {
             let text = || format!("console: {}", String::from_utf8_lossy(fresh).trim_end());
             self.world.trace.record(now, Some(self.spec.vm), Tag::Console, &[], fresh, text);
+            self.file_console(console);
+        }
+    }
+
+    /// Appends to the console's file. What the host cannot take is lost; the guest does not wait for it.
+    fn file_console(&self, console: &mut Console) {
+        let Some(path) = &self.spec.config.console_file else { return };
+        let bytes = console.take_for_file();
+        if !bytes.is_empty() {
+            let appended = self.world.host().append_console(path, &bytes, &self.world.limits);
+            let numbers = [10, bytes.len() as u64, u64::from(appended.is_ok())];
+            self.world.note(Some(self.spec.vm), Tag::HostFile, &numbers, || match appended {
+                Ok(()) => format!("console: {} bytes to {}", bytes.len(), path.display()),
+                Err(error) => format!("console: {}: {error}", path.display()),
+            });
         }
     }
 
@@ -168,6 +192,7 @@ impl Shared {
         self.note(2, || format!("machine ended: {exit:?}"));
         state.status = MachineStatus::Ended;
         state.exit = Some(exit);
+        self.file_console(&mut state.console);
         let mut host = self.world.host();
         host.release(self.spec.config.memory);
         if state.disks_attached {
@@ -181,27 +206,33 @@ impl Shared {
         drop(host);
         state.guest = None;
         state.place = None;
-        for pipe in state.pipes.values_mut() {
-            pipe.break_down(&mut |_| 0);
-            pipe.end();
-        }
-        state.pipes.retain(|_, pipe| !pipe.host_dropped);
+        state.lines.end();
         state.driver.timer = None;
         if let Some(waker) = state.driver.waker.take() {
             waker.wake();
         }
         self.world.strike_off(self.number.load(Ordering::Relaxed));
-        self.ended.notify_waiters();
+        self.changed.notify_waiters();
+    }
+
+    /// Waits until the machine has ended, or goes on after a pause.
+    pub(super) fn changed(&self) -> Notified<'_> {
+        self.changed.notified()
+    }
+
+    /// Tells those who wait for the machine to go on.
+    pub(super) fn goes_on(&self) {
+        self.changed.notify_waiters();
     }
 
     pub(super) async fn wait(&self) -> MachineExit {
         loop {
-            let mut ended = std::pin::pin!(self.ended.notified());
-            ended.as_mut().enable();
+            let mut changed = std::pin::pin!(self.changed());
+            changed.as_mut().enable();
             if let Some(exit) = self.lock().exit.clone() {
                 return exit;
             }
-            ended.await;
+            changed.await;
         }
     }
 
@@ -301,7 +332,7 @@ impl Shared {
         }
         let guest = state.guest.as_mut()?;
         let mut progress =
-            guest.run(now, &mut state.pipes, &mut state.console, &self.world.streams);
+            guest.run(now, &mut state.lines, &mut state.console, &self.world.streams);
         let mut next = progress.next.and_then(|next| guest.host_time(next));
         let clock = nanos(guest.clock(now));
         self.world.trace.record(now, Some(self.spec.vm), Tag::Clock, &[clock], &[], String::new);
@@ -314,7 +345,7 @@ impl Shared {
             self.finish(state, exit);
             return None;
         }
-        for pipe in state.pipes.values_mut() {
+        for pipe in state.lines.pipes.values_mut() {
             if !pipe.is_stalled(now) {
                 pipe.wake_after_stall(now);
             }
@@ -382,7 +413,7 @@ impl Shared {
         state.driver.timer = None;
         let Some(guest) = &mut state.guest else { return Err(MachineError::Ended) };
         let streams = &self.world.streams;
-        let progress = guest.run(now, &mut state.pipes, &mut state.console, streams);
+        let progress = guest.run(now, &mut state.lines, &mut state.console, streams);
         self.note_console(&mut state.console, now);
         match progress.exit {
             Some(exit) => {
@@ -404,12 +435,10 @@ impl Shared {
         if !state.guest.as_ref().is_some_and(Guest::listens) {
             return Err(MachineError::NotListening);
         }
-        let conn = ConnId(state.next_conn);
-        state.next_conn += 1;
         let late = accept_late.map_or(Duration::ZERO, |fired| {
             fired.amount(Duration::from_millis(1), Duration::from_secs(2))
         });
-        state.pipes.insert(conn, Pipe::new(now + late));
+        let conn = state.lines.add(Pipe::new(now + late));
         drop(state);
         self.world.note(Some(self.spec.vm), Tag::Machine, &[7, conn.0, nanos(late)], || {
             format!("dialled, connection {}", conn.0)
@@ -427,7 +456,8 @@ impl Shared {
             let long = fired.amount(Duration::from_millis(1), Duration::from_secs(20));
             pipe.stall(now + long);
         }
-        if self.strike(FaultKind::LinkDisconnect).is_some() {
+        // A stream to a socket ends with one of its ends, and not on its way.
+        if pipe.socket.is_none() && self.strike(FaultKind::LinkDisconnect).is_some() {
             pipe.break_down(&mut |bound| self.world.streams.index(Purpose::Link, bound));
             return true;
         }
@@ -459,7 +489,7 @@ impl Shared {
             return;
         }
         let Some(guest) = &mut state.guest else { return };
-        if guest.send_waiting(&mut state.pipes) {
+        if guest.send_waiting(&mut state.lines) {
             guest.act_again(now);
             self.arm(state, now, now);
         }

@@ -10,6 +10,7 @@ mod printf;
 mod system;
 mod test_command;
 mod text;
+mod vsock;
 
 pub(super) use path::look_up;
 use printf::unescape;
@@ -27,6 +28,7 @@ use filter::Filter;
 use serde::{Deserialize, Serialize};
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 use vm_guest_agent::os::Errno;
+use vsock::Vsock;
 
 /// Where the built-in commands are.
 pub(super) const PATHS: &[&str] = &[
@@ -73,6 +75,7 @@ pub(super) const PATHS: &[&str] = &[
     "/bin/true",
     "/bin/tty",
     "/bin/uname",
+    "/bin/vsock",
     "/bin/wc",
     "/bin/whoami",
     "/bin/yes",
@@ -98,6 +101,7 @@ pub(super) enum Applet {
     Filter(Box<Filter>),
     Copy(Box<Copy>),
     Shell(Box<Shell>),
+    Vsock(Box<Vsock>),
 }
 
 /// A command that does its work at once, and gives its exit code.
@@ -239,6 +243,13 @@ impl Applet {
             Self::Filter(filter) => filter.step(sys),
             Self::Copy(copy) => copy.step(sys),
             Self::Shell(shell) => shell.step(sys),
+            Self::Vsock(vsock) => match vsock.step(sys) {
+                Ok(step) => step,
+                Err(out) => {
+                    *self = Self::Finish { out, code: 1 };
+                    Step::Continue
+                }
+            },
         }
     }
 
@@ -272,6 +283,13 @@ impl Applet {
             "env" => match system::env(sys, argv, &mut out) {
                 Some(code) => code,
                 None => return Step::Continue,
+            },
+            "vsock" => match Vsock::start(sys, argv, &mut out) {
+                Ok(vsock) => {
+                    *self = Self::Vsock(Box::new(vsock));
+                    return Step::Continue;
+                }
+                Err(code) => code,
             },
             name if filter::NAMES.contains(&name) => {
                 match Filter::start(sys, name, argv, &mut out) {

@@ -40,6 +40,9 @@ pub(in super::super) fn errno_text(errno: Errno) -> String {
         38 => "Function not implemented",
         39 => "Directory not empty",
         40 => "Symbolic link loop",
+        88 => "Socket operation on non-socket",
+        98 => "Address in use",
+        104 => "Connection reset by peer",
         number => return format!("Unknown error {number}"),
     };
     text.to_owned()
