@@ -10,7 +10,7 @@
 
 use crate::{
     device::{DeviceBroken, Interrupt, Memory, VirtioDevice},
-    queue::{Budget, Chain, DeviceQueue, Handled, QueueError, Segments, Wakeup},
+    queue::{Budget, Chain, DeviceQueue, Handled, QueueError, Segments, Wakeup, bytes},
 };
 use rustix::fs::{FallocateFlags, OFlags};
 use std::{
@@ -35,10 +35,10 @@ use virtio_bindings::{
 use virtio_queue::Queue;
 
 /// The size of a sector in bytes, the unit of all positions (section 5.2.4).
-pub const SECTOR: u64 = 512;
+pub const SECTOR: u64 = BLOCK as u64;
 
 /// The longest serial number in bytes (section 5.2.6).
-pub const SERIAL_LENGTH: usize = 20;
+pub const SERIAL_LENGTH: usize = ID_LENGTH as usize;
 
 /// How a disk is offered to the guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -131,6 +131,11 @@ impl BlockDevice {
     #[must_use]
     pub fn sectors(&self) -> u64 {
         self.disk.sectors
+    }
+
+    #[cfg(test)]
+    pub(crate) fn pretend_sectors(&mut self, sectors: u64) {
+        self.disk.sectors = sectors;
     }
 
     fn serve(&mut self) -> Result<(), DeviceBroken> {
@@ -346,7 +351,7 @@ impl Disk {
             return Ok(Done::Failed);
         }
         let mut list = [0; (RANGE_LENGTH * MAX_RANGES) as usize];
-        let list = &mut list[..request.out.parts().iter().map(|part| part.length as usize).sum()];
+        let list = &mut list[..bytes(length)];
         request.out.read(memory, list)?;
         for range in list.chunks_exact(RANGE_LENGTH as usize) {
             let (sector, count, flags) = (le64(range, 0), le32(range, 8), le32(range, 12));
@@ -387,7 +392,7 @@ impl Disk {
         };
         put(8, SIZE_MAX);
         put(12, SEGMENTS_MAX);
-        put(20, SECTOR as u32);
+        put(20, BLOCK);
         if !self.read_only {
             put(36, DISCARD.sectors);
             put(40, DISCARD.ranges);
@@ -468,7 +473,7 @@ fn allocate(file: &File, mode: FallocateFlags, at: u64, length: u64) -> io::Resu
 }
 
 fn write_zeros(file: &File, mut at: u64, mut length: u64) -> io::Result<()> {
-    const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+    static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
     while length > 0 {
         let now = ZEROS.len().min(usize::try_from(length).unwrap_or(usize::MAX));
         file.write_all_at(&ZEROS[..now], at)?;
@@ -488,6 +493,8 @@ fn le64(bytes: &[u8], at: usize) -> u64 {
 
 const NAME: &str = "block device";
 
+const BLOCK: u32 = 512;
+
 /// Enough for 85 requests of one page, since no indirect descriptors are offered.
 const QUEUE_SIZE: u16 = 256;
 
@@ -506,7 +513,7 @@ const BUDGET: Budget = Budget { chains: 64, bytes: 4 << 20 };
 /// The type, a reserved field and the sector (section 5.2.6).
 const HEADER_LENGTH: u32 = 16;
 
-const ID_LENGTH: u32 = SERIAL_LENGTH as u32;
+const ID_LENGTH: u32 = 20;
 
 /// The sector, the number of sectors and the flags.
 const RANGE_LENGTH: u32 = 16;

@@ -11,6 +11,8 @@ pub mod entropy;
 pub mod mmio;
 pub mod queue;
 pub mod state;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod vsock;
 
 pub use block::{BlockDevice, BlockOptions};
@@ -19,3 +21,6 @@ pub use entropy::EntropyDevice;
 pub use mmio::{IrqLine, MmioTransport};
 pub use state::TransportState;
 pub use vsock::{VsockDevice, VsockLimits, VsockState};
+
+#[cfg(test)]
+mod tests;

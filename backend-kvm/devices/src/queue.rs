@@ -407,9 +407,9 @@ impl DeviceQueue {
             return Err(QueueError::BufferOutside(index));
         }
         if writable {
-            chain.writable.push(part)
+            chain.writable.push(part);
         } else {
-            chain.readable.push(part)
+            chain.readable.push(part);
         }
         Ok(())
     }
@@ -461,6 +461,6 @@ impl AsFd for Wakeup {
 const DESCRIPTOR_SIZE: u64 = 16;
 
 /// Gives a length as an index: no smaller on any host that has KVM.
-fn bytes(length: u32) -> usize {
+pub(crate) fn bytes(length: u32) -> usize {
     usize::try_from(length).unwrap_or(usize::MAX)
 }
