@@ -1,0 +1,7 @@
+//! What a vCPU is and how it begins.
+
+mod cpuid;
+mod registers;
+
+pub(super) use cpuid::Model;
+pub(super) use registers::{enter_kernel, prepare_all, write_tables};

@@ -1,0 +1,307 @@
+//! [`Machine`]: a guest with all it has.
+
+use super::{
+    boot::{BootSource, prepare},
+    bus::Bus,
+    channel::Channel,
+    console::{Console, check_ring},
+    cpu::{Model, enter_kernel, prepare_all, write_tables},
+    devices::{DeviceSetUp, Devices, event},
+    flush::FlushTimer,
+    layout::{IDENTITY_MAP, SERIAL_LINE, TSS},
+    memory,
+    ports::Ports,
+    refuse::{config, failed, kvm_failed},
+    sync::lock,
+    threads::prepare_kicks,
+    vcpus::{Outcome, Stopped, Vcpus},
+};
+use crate::control::{End, MachineSetUp, Refusal, Stats, Status};
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_pit_config,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use std::{
+    fs::File,
+    os::fd::OwnedFd,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+use vm_kvm_devices::Memory;
+
+/// A guest with all it has.
+#[derive(Debug)]
+pub(super) struct Machine {
+    status: Status,
+    vcpus: Vcpus,
+    devices: Arc<Devices>,
+    console: Arc<Mutex<Console>>,
+    flush: Arc<FlushTimer>,
+    outcome: Arc<Outcome>,
+    /// KVM's clock as it was when the machine was paused.
+    clock: kvm_clock_data,
+    vm: VmFd,
+    // After what uses it.
+    memory: Memory,
+}
+
+/// The descriptors of a set-up, taken apart.
+#[derive(Debug)]
+struct Files {
+    kernel: File,
+    initrd: Vec<File>,
+    ring: File,
+    log: Option<File>,
+    disks: Vec<File>,
+}
+
+impl Machine {
+    /// Makes a machine with its kernel in memory, ready to be booted.
+    ///
+    /// # Errors
+    /// [`Refusal::Config`] naming what cannot be had, [`Refusal::Exhausted`] or [`Refusal::Failed`].
+    pub(super) fn new(
+        set_up: MachineSetUp,
+        fds: Vec<OwnedFd>,
+        channel: &Arc<Channel>,
+    ) -> Result<Self, Refusal> {
+        let files = take_apart(&set_up, fds)?;
+        prepare_kicks().map_err(|error| failed("signal handler", error))?;
+        let kvm = open_kvm()?;
+        let model = Model::new(&kvm, set_up.vcpus)?;
+        let memory = memory::map(set_up.memory_mib)?;
+        let vm = make_vm(&kvm)?;
+        memory::give_to_guest(&vm, &memory)?;
+        let vcpus = make_vcpus(&vm, &model, set_up.vcpus)?;
+
+        let log = files.log.map(|log| (log, set_up.console_file_limit));
+        let console = Console::new(files.ring, set_up.console_ring_bytes, log);
+        let console = Arc::new(Mutex::new(console));
+        let flush = Arc::new(FlushTimer::new().map_err(|error| failed("timer", error))?);
+        let serial_line = event()?;
+        vm.register_irqfd(&serial_line, SERIAL_LINE).map_err(kvm_failed("KVM_IRQFD"))?;
+        let ports = Ports::new(&serial_line, console.clone(), flush.clone())?;
+        let device_set_up = DeviceSetUp {
+            vsock_cid: set_up.vsock_cid,
+            disks: set_up.disks.into_iter().zip(files.disks).collect(),
+        };
+        let devices = Arc::new(Devices::new(&vm, &memory, device_set_up, channel)?);
+
+        let source = BootSource {
+            kernel: &files.kernel,
+            initrd: &files.initrd,
+            cmdline: &set_up.cmdline,
+            devices: &devices.announced(),
+            vcpus: set_up.vcpus,
+        };
+        let entry = prepare(&memory, &source)?;
+        write_tables(&memory)?;
+        enter_kernel(&vcpus[0], entry)?;
+
+        let outcome = Arc::new(Outcome::new(event()?));
+        let bus = Arc::new(Bus::new(ports, devices.clone(), channel.clone()));
+        let vcpus = Vcpus::new(vcpus, &bus, &outcome)?;
+        let clock = kvm_clock_data::default();
+        Ok(Self {
+            status: Status::Fresh,
+            vcpus,
+            devices,
+            console,
+            flush,
+            outcome,
+            clock,
+            vm,
+            memory,
+        })
+    }
+
+    /// Says what the machine does.
+    pub(super) fn status(&self) -> Status {
+        self.status
+    }
+
+    /// Enters the guest's kernel.
+    ///
+    /// # Errors
+    /// [`Refusal::State`] unless the machine is fresh.
+    pub(super) fn boot(&mut self) -> Result<(), Refusal> {
+        self.must_be(Status::Fresh)?;
+        self.vcpus.run();
+        self.status = Status::Running;
+        Ok(())
+    }
+
+    /// Stops all vCPUs and notes the time. The caller then leaves the devices alone.
+    ///
+    /// # Errors
+    /// [`Refusal::State`] unless the machine runs, [`Refusal::Failed`] for a vCPU that does not stop; then it runs on.
+    pub(super) fn pause(&mut self) -> Result<(), Refusal> {
+        self.must_be(Status::Running)?;
+        if let Err(late) = self.vcpus.park() {
+            self.vcpus.run();
+            return Err(Refusal::Failed(format!("vCPUs {late:?} do not stop")));
+        }
+        let clock = self.vm.get_clock().map_err(kvm_failed("KVM_GET_CLOCK"));
+        self.clock = clock.inspect_err(|_| self.vcpus.run())?;
+        self.status = Status::Paused;
+        Ok(())
+    }
+
+    /// Lets the machine go on with the time at which it was paused.
+    ///
+    /// # Errors
+    /// [`Refusal::State`] unless the machine is paused, or KVM's.
+    pub(super) fn resume(&mut self) -> Result<(), Refusal> {
+        self.must_be(Status::Paused)?;
+        // Without flags, KVM adds nothing for the time that has gone by.
+        let clock = kvm_clock_data { clock: self.clock.clock, ..Default::default() };
+        self.vm.set_clock(&clock).map_err(kvm_failed("KVM_SET_CLOCK"))?;
+        self.vcpus.each(|_, vcpu| note_pause(vcpu))?;
+        self.vcpus.run();
+        self.status = Status::Running;
+        Ok(())
+    }
+
+    /// Counts.
+    pub(super) fn stats(&self) -> Stats {
+        Stats {
+            vcpu_time_ns: u64::try_from(self.vcpus.cpu_time().as_nanos()).unwrap_or(u64::MAX),
+            vm_exits: self.vcpus.exits(),
+            guest_resident_bytes: memory::resident_bytes(&self.memory),
+        }
+    }
+
+    /// Gives the devices.
+    pub(super) fn devices(&self) -> &Devices {
+        &self.devices
+    }
+
+    /// Gives the timer after which the console is to be [shown](Self::show_console).
+    pub(super) fn flush_timer(&self) -> &FlushTimer {
+        &self.flush
+    }
+
+    /// Writes what the guest has printed so far.
+    pub(super) fn show_console(&self) {
+        lock(&self.console).write_out();
+    }
+
+    /// Gives what tells that the guest has stopped by itself.
+    pub(super) fn outcome(&self) -> &Outcome {
+        &self.outcome
+    }
+
+    /// Stops what still runs, completes the console and says how the machine ended, once it has.
+    pub(super) fn end(&mut self) -> Option<End> {
+        let reason = self.outcome.reason()?;
+        // One that does not stop dies with the process.
+        let _ = self.vcpus.park();
+        let mut console = lock(&self.console);
+        console.write_out();
+        let end = match reason {
+            Stopped::PoweredOff => End::PoweredOff,
+            Stopped::Reset if console.saw_panic() => End::Panicked,
+            Stopped::Reset => End::Reset,
+            Stopped::Failed(_) if console.saw_panic() => End::Panicked,
+            Stopped::Failed(why) => {
+                console.say(&format!("twinvm: {why}"));
+                End::Failed(why)
+            }
+        };
+        if console.lost() > 0 {
+            let lost = console.lost();
+            console.say(&format!("twinvm: {lost} bytes could not be written"));
+        }
+        Some(end)
+    }
+
+    fn must_be(&self, wanted: Status) -> Result<(), Refusal> {
+        if self.status == wanted { Ok(()) } else { Err(Refusal::State(self.status)) }
+    }
+}
+
+/// Takes a set-up's descriptors in their order.
+fn take_apart(set_up: &MachineSetUp, fds: Vec<OwnedFd>) -> Result<Files, Refusal> {
+    let expected = 2
+        + usize::from(set_up.initrd_parts)
+        + usize::from(set_up.console_file)
+        + set_up.disks.len();
+    if fds.len() != expected {
+        let reason = format!("{} came, {expected} are announced", fds.len());
+        return Err(config("descriptors", reason));
+    }
+    let mut fds = fds.into_iter().map(File::from);
+    let mut next = || fds.next().ok_or_else(|| config("descriptors", "one is missing"));
+    let kernel = next()?;
+    let initrd = (0..set_up.initrd_parts).map(|_| next()).collect::<Result<_, _>>()?;
+    let ring = next()?;
+    check_ring(&ring, set_up.console_ring_bytes)
+        .map_err(|error| config("console_ring_bytes", error.to_string()))?;
+    let log = if set_up.console_file { Some(next()?) } else { None };
+    Ok(Files { kernel, initrd, ring, log, disks: fds.collect() })
+}
+
+fn open_kvm() -> Result<Kvm, Refusal> {
+    let kvm = Kvm::new().map_err(kvm_failed("/dev/kvm"))?;
+    if kvm.get_api_version().cast_unsigned() != KVM_API_VERSION {
+        return Err(Refusal::Failed(format!("KVM's version is {}", kvm.get_api_version())));
+    }
+    for cap in [
+        Cap::Irqchip,
+        Cap::Ioeventfd,
+        Cap::Irqfd,
+        Cap::ExtCpuid,
+        Cap::UserMemory,
+        Cap::SetTssAddr,
+        Cap::Pit2,
+        Cap::AdjustClock,
+        Cap::ImmediateExit,
+    ] {
+        if !kvm.check_extension(cap) {
+            return Err(Refusal::Failed(format!("KVM lacks {cap:?}")));
+        }
+    }
+    Ok(kvm)
+}
+
+/// Makes a VM with the parts that must be there before its first vCPU.
+fn make_vm(kvm: &Kvm) -> Result<VmFd, Refusal> {
+    const TRIES: u32 = 50;
+    let mut tries = 0;
+    let vm = loop {
+        match kvm.create_vm() {
+            Ok(vm) => break vm,
+            // A signal, or a host under pressure, may interrupt this long call.
+            Err(error) if error.errno() == libc::EINTR && tries < TRIES => {
+                tries += 1;
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Err(error) => return Err(kvm_failed("KVM_CREATE_VM")(error)),
+        }
+    };
+    vm.set_tss_address(TSS).map_err(kvm_failed("KVM_SET_TSS_ADDR"))?;
+    vm.set_identity_map_address(IDENTITY_MAP).map_err(kvm_failed("KVM_SET_IDENTITY_MAP_ADDR"))?;
+    vm.create_irq_chip().map_err(kvm_failed("KVM_CREATE_IRQCHIP"))?;
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+    vm.create_pit2(pit).map_err(kvm_failed("KVM_CREATE_PIT2"))?;
+    Ok(vm)
+}
+
+fn make_vcpus(vm: &VmFd, model: &Model, count: u8) -> Result<Vec<VcpuFd>, Refusal> {
+    let mut vcpus = Vec::with_capacity(usize::from(count));
+    for id in 0..count {
+        let vcpu = vm.create_vcpu(u64::from(id)).map_err(kvm_failed("KVM_CREATE_VCPU"))?;
+        vcpu.set_cpuid2(&model.of_vcpu(id)).map_err(kvm_failed("KVM_SET_CPUID2"))?;
+        prepare_all(&vcpu)?;
+        vcpus.push(vcpu);
+    }
+    Ok(vcpus)
+}
+
+/// Lets the guest's watchdogs know that it was paused; a guest that does not use KVM's clock cannot be told.
+fn note_pause(vcpu: &VcpuFd) -> Result<(), Refusal> {
+    match vcpu.kvmclock_ctrl() {
+        Err(error) if error.errno() != libc::EINVAL => Err(kvm_failed("KVM_KVMCLOCK_CTRL")(error)),
+        _ => Ok(()),
+    }
+}

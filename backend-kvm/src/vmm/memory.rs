@@ -1,0 +1,213 @@
+//! A guest's memory: mapping it, giving it to KVM, reading files into it, counting it.
+#![allow(unsafe_code)]
+
+use super::{
+    layout::{ABOVE_HOLE, HOLE},
+    refuse::{config, failed, kvm_failed},
+};
+use crate::control::Refusal;
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+use rustix::mm::Advice;
+use std::{
+    fs::File,
+    io::{self, Read, Seek, SeekFrom},
+    os::fd::AsRawFd,
+};
+use vm_kvm_devices::Memory;
+use vm_memory::{
+    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, ReadVolatile, VolatileMemoryError,
+    VolatileSlice, bitmap::BitmapSlice, mmap::FromRangesError,
+};
+
+/// The least memory, in MiB.
+const MIN_MIB: u32 = 64;
+
+/// The most memory, in MiB: 1 TiB, far below what any x86-64 processor can address.
+const MAX_MIB: u32 = 1 << 20;
+
+/// Maps memory of so many MiB, without taking any yet.
+///
+/// # Errors
+/// [`Refusal::Config`] for sizes that cannot be, [`Refusal::Exhausted`] where the host has no room.
+pub(super) fn map(mib: u32) -> Result<Memory, Refusal> {
+    if !(MIN_MIB..=MAX_MIB).contains(&mib) {
+        let reason = format!("{mib} MiB; it must be from {MIN_MIB} to {MAX_MIB}");
+        return Err(config("memory_mib", reason));
+    }
+    let memory = Memory::from_ranges(&ranges(u64::from(mib) << 20)).map_err(|error| match error {
+        FromRangesError::MmapRegion(vm_memory::mmap::MmapRegionError::Mmap(error)) => {
+            failed("guest memory", error)
+        }
+        other => Refusal::Failed(format!("guest memory: {other}")),
+    })?;
+    for region in memory.iter() {
+        let len = usize::try_from(region.len()).unwrap_or(usize::MAX);
+        // SAFETY: the range is the region's own mapping, and the advice changes nothing but core dumps.
+        unsafe { rustix::mm::madvise(region.as_ptr().cast(), len, Advice::LinuxDontDump) }
+            .map_err(|error| failed("guest memory", error))?;
+    }
+    Ok(memory)
+}
+
+/// Splits so many bytes around the hole below 4 GiB.
+fn ranges(bytes: u64) -> Vec<(GuestAddress, usize)> {
+    let size = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
+    let mut ranges = vec![(GuestAddress(0), size(bytes.min(HOLE)))];
+    if bytes > HOLE {
+        ranges.push((GuestAddress(ABOVE_HOLE), size(bytes - HOLE)));
+    }
+    ranges
+}
+
+/// Gives a guest its memory. The caller keeps `memory` for as long as the guest may run.
+///
+/// # Errors
+/// When KVM refuses.
+pub(super) fn give_to_guest(vm: &VmFd, memory: &Memory) -> Result<(), Refusal> {
+    for (slot, region) in (0_u32..).zip(memory.iter()) {
+        let slot = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the range is a live mapping of that size, which by the caller's promise outlives the guest, and
+        // regions do not overlap. Nothing in this process holds a Rust reference into it: it is used through
+        // volatile accesses only.
+        unsafe { vm.set_user_memory_region(slot) }.map_err(kvm_failed("memory slot"))?;
+    }
+    Ok(())
+}
+
+/// Counts the bytes of a guest's memory that are resident.
+pub(super) fn resident_bytes(memory: &Memory) -> u64 {
+    const PAGE: usize = 4096;
+    const STEP: usize = PAGE << 12;
+    let mut pages = 0_u64;
+    let mut seen = vec![0_u8; STEP / PAGE];
+    for region in memory.iter() {
+        let len = usize::try_from(region.len()).unwrap_or(0);
+        for offset in (0..len).step_by(STEP) {
+            let step = STEP.min(len - offset);
+            let start = region.as_ptr().wrapping_add(offset);
+            // SAFETY: the range lies in a live mapping, page by page, and the vector has a byte for each page.
+            let done = unsafe { libc::mincore(start.cast(), step, seen.as_mut_ptr()) };
+            if done == 0 {
+                let present = seen[..step / PAGE].iter().filter(|&&page| page & 1 != 0).count();
+                pages += present as u64;
+            }
+        }
+    }
+    pages * PAGE as u64
+}
+
+/// Reads a file at an offset of its own: launchers share the file's description, and with it the one that it has.
+#[derive(Debug)]
+pub(super) struct FileAt<'a> {
+    file: &'a File,
+    len: u64,
+    offset: u64,
+}
+
+impl<'a> FileAt<'a> {
+    /// Begins at the start of a file of `len` bytes.
+    pub(super) fn new(file: &'a File, len: u64) -> Self {
+        Self { file, len, offset: 0 }
+    }
+
+    /// Tells how long the file was.
+    pub(super) fn len(&self) -> u64 {
+        self.len
+    }
+}
+
+impl ReadVolatile for FileAt<'_> {
+    fn read_volatile<B: BitmapSlice>(
+        &mut self,
+        buf: &mut VolatileSlice<'_, B>,
+    ) -> Result<usize, VolatileMemoryError> {
+        let offset = libc::off_t::try_from(self.offset)
+            .map_err(|error| VolatileMemoryError::IOError(io::Error::other(error)))?;
+        let guard = buf.ptr_guard_mut();
+        // SAFETY: the guard's range is valid for writes of its length; nobody else uses it before the guest runs.
+        let read = unsafe {
+            libc::pread(self.file.as_raw_fd(), guard.as_ptr().cast(), buf.len(), offset)
+        };
+        let read = usize::try_from(read)
+            .map_err(|_| VolatileMemoryError::IOError(io::Error::last_os_error()))?;
+        buf.bitmap().mark_dirty(0, read);
+        self.offset += read as u64;
+        Ok(read)
+    }
+}
+
+impl Read for FileAt<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let read = rustix::io::pread(self.file, buf, self.offset)?;
+        self.offset += read as u64;
+        Ok(read)
+    }
+}
+
+impl Seek for FileAt<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let target = match to {
+            SeekFrom::Start(offset) => Some(offset),
+            SeekFrom::End(by) => self.len.checked_add_signed(by),
+            SeekFrom::Current(by) => self.offset.checked_add_signed(by),
+        };
+        self.offset = target.ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(self.offset)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::Bytes;
+
+    #[test]
+    fn memory_leaves_the_hole_free() {
+        assert_eq!(ranges(64 << 20), [(GuestAddress(0), 64 << 20)]);
+        assert_eq!(ranges(HOLE), [(GuestAddress(0), 3 << 30)]);
+        assert_eq!(
+            ranges(5 << 30),
+            [(GuestAddress(0), 3 << 30), (GuestAddress(ABOVE_HOLE), 2 << 30)]
+        );
+    }
+
+    #[test]
+    fn sizes_out_of_bounds_are_refused() {
+        for mib in [0, 63, MAX_MIB + 1, u32::MAX] {
+            let refusal = map(mib).unwrap_err();
+            assert!(matches!(refusal, Refusal::Config { field, .. } if field == "memory_mib"));
+        }
+    }
+
+    #[test]
+    fn only_touched_memory_is_resident() {
+        let memory = map(5 << 10).unwrap();
+        assert_eq!(resident_bytes(&memory), 0);
+        memory.write_obj(1_u8, GuestAddress(0)).unwrap();
+        memory.write_obj(1_u8, GuestAddress(ABOVE_HOLE + (1 << 30))).unwrap();
+        let resident = resident_bytes(&memory);
+        assert!((8 << 10..16 << 20).contains(&resident), "{resident}");
+    }
+
+    #[test]
+    fn files_are_read_at_an_offset_of_their_own() {
+        let file = tempfile::tempfile().unwrap();
+        rustix::io::pwrite(&file, b"0123456789", 0).unwrap();
+        let memory = map(64).unwrap();
+        let mut reader = FileAt::new(&file, 10);
+        reader.seek(SeekFrom::Start(4)).unwrap();
+        memory.read_exact_volatile_from(GuestAddress(0x1000), &mut reader, 3).unwrap();
+        let mut found = [0; 3];
+        memory.read_slice(&mut found, GuestAddress(0x1000)).unwrap();
+        assert_eq!(&found, b"456");
+        assert_eq!(rustix::fs::tell(&file).unwrap(), 0);
+        memory.read_exact_volatile_from(GuestAddress(0), &mut reader, 4).unwrap_err();
+    }
+}
