@@ -19,6 +19,7 @@
 #![forbid(unsafe_code)]
 
 mod cpio;
+mod disk;
 mod elf;
 mod image;
 mod kernel;
@@ -27,6 +28,7 @@ mod sealed;
 mod tree;
 mod unpack;
 
+pub use disk::{DiskError, FileSystem, MAX_DISK_BYTES, MIN_DISK_BYTES, create_disk, identify};
 pub use image::{Image, ImageBuilder, ImageError};
 pub use kernel::{KERNEL_VARIABLE, Kernel, KernelError, KernelFile, KernelFormat, Searched};
 pub use modules::{KernelModules, MODULES_VARIABLE, Need};
