@@ -265,7 +265,9 @@ impl AgentCore {
         true
     }
 
-    fn begin_shutdown(&mut self, signal: u8, grace: Duration, os: &mut dyn GuestOs) {
+    /// Begins the machine's end as [`Request::Shutdown`](vm_guest_protocol::Request::Shutdown) does: every process gets
+    /// `signal`, and when all have ended, or after `grace`, what is left is killed and the machine is turned off.
+    pub fn shut_down(&mut self, signal: u8, grace: Duration, os: &mut dyn GuestOs) {
         let now = os.monotonic();
         os.signal_all(signal);
         let deadline = now.saturating_add(grace);

@@ -229,7 +229,7 @@ impl AgentCore {
             Request::Reseed { entropy } => os.reseed(&entropy).map_err(|errno| failed(errno, "")),
             Request::Shutdown { signal, grace_ns } => {
                 check_signal(signal)?;
-                self.begin_shutdown(signal, Duration::from_nanos(grace_ns), os);
+                self.shut_down(signal, Duration::from_nanos(grace_ns), os);
                 Ok(())
             }
             _ => Err(GuestError::new(GuestErrorKind::Unsupported)),

@@ -160,6 +160,67 @@ pub(super) fn add_entropy(random: BorrowedFd<'_>, entropy: &[u8; 32]) -> SysResu
     check(unsafe { libc::ioctl(fd, RESEED as _) })
 }
 
+/// Binds a vsock socket to a port on every address of this machine.
+pub(super) fn vsock_bind(socket: BorrowedFd<'_>, port: u32) -> io::Result<()> {
+    let (address, length) = vsock_address(libc::VMADDR_CID_ANY, port);
+    // SAFETY: `address` is a sockaddr_vm of that length and outlives the call.
+    let answer = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) };
+    checked(answer)
+}
+
+/// Connects a vsock socket to a port of the machine that `cid` names.
+pub(super) fn vsock_connect(socket: BorrowedFd<'_>, cid: u32, port: u32) -> io::Result<()> {
+    let (address, length) = vsock_address(cid, port);
+    // SAFETY: `address` is a sockaddr_vm of that length and outlives the call.
+    let answer = unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length) };
+    checked(answer)
+}
+
+fn vsock_address(cid: u32, port: u32) -> (libc::sockaddr_vm, libc::socklen_t) {
+    // SAFETY: sockaddr_vm is plain data, for which all zeroes is a value.
+    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+    address.svm_cid = cid;
+    address.svm_port = port;
+    (address, size_of::<libc::sockaddr_vm>() as libc::socklen_t)
+}
+
+/// Turns a network interface on.
+pub(super) fn set_interface_up(name: &str) -> io::Result<()> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType};
+    let socket = rustix::net::socket_with(
+        AddressFamily::INET,
+        SocketType::DGRAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
+    // SAFETY: ifreq is plain data, for which all zeroes is a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // The last byte stays zero, which ends the name.
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    let fd = socket.as_raw_fd();
+    // SAFETY: the request reads the name in `request` and writes the flags into it.
+    checked(unsafe { libc::ioctl(fd, libc::SIOCGIFFLAGS, &raw mut request) })?;
+    // SAFETY: the kernel has filled the flags, which are a plain number.
+    let flags = unsafe { request.ifr_ifru.ifru_flags };
+    request.ifr_ifru.ifru_flags = flags | libc::IFF_UP as libc::c_short;
+    // SAFETY: the request reads name and flags in `request`.
+    checked(unsafe { libc::ioctl(fd, libc::SIOCSIFFLAGS, &raw const request) })
+}
+
+/// Gives how many bytes a terminal has still to send; 0 for what is no terminal.
+pub(super) fn unsent_output(terminal: BorrowedFd<'_>) -> i32 {
+    let mut unsent: libc::c_int = 0;
+    // SAFETY: the request writes one int to `unsent`.
+    let answer = unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCOUTQ, &raw mut unsent) };
+    if answer == 0 { unsent } else { 0 }
+}
+
 fn empty_signal_set() -> libc::sigset_t {
     // SAFETY: sigset_t is plain data, for which all zeroes is a value.
     let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
@@ -173,4 +234,8 @@ fn check(answer: libc::c_int) -> SysResult<()> {
         return Ok(());
     }
     Err(Errno(io::Error::last_os_error().raw_os_error().unwrap_or(Errno::IO.0)))
+}
+
+fn checked(answer: libc::c_int) -> io::Result<()> {
+    if answer >= 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

@@ -1,7 +1,9 @@
 //! [`LinuxOs`]: [`GuestOs`] by real system calls.
 
 use super::{
-    errno, ffi, files, proc_table,
+    errno, ffi, files,
+    init::{Ending, end_machine},
+    proc_table,
     spawn::{self, Ends},
 };
 use crate::os::{
@@ -12,7 +14,6 @@ use rustix::{
     fs::{Mode, OFlags},
     io::{Errno as Sys, retry_on_intr},
     process::{Pid, WaitId, WaitIdOptions, WaitIdStatus, WaitOptions},
-    system::RebootCommand,
     termios::SpecialCodeIndex,
     time::{ClockId, Timespec},
 };
@@ -30,6 +31,10 @@ const READ_MAX: usize = 64 << 10;
 const KILL_ROUNDS: u32 = 1000;
 
 const KILL: u8 = 9;
+
+/// How often killed processes are looked for at the machine's end, and how long after.
+const LAST_ROUNDS: u32 = 1000;
+const LAST_PAUSE: Duration = Duration::from_millis(2);
 
 /// What an agent owns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +56,7 @@ pub struct LinuxOs {
     /// Children that nobody asks after any more and that are not reaped yet.
     released: BTreeSet<i32>,
     files: files::Files,
+    ending: Ending,
     powered_off: bool,
 }
 
@@ -79,8 +85,14 @@ impl LinuxOs {
             next_child: 1,
             released: BTreeSet::new(),
             files: files::Files::default(),
+            ending: Ending::default(),
             powered_off: false,
         }
+    }
+
+    /// Makes [`GuestOs::power_off`] restart the machine.
+    pub(super) fn restart_at_the_end(&mut self) {
+        self.ending = Ending::Restart;
     }
 
     /// Says whether [`GuestOs::power_off`] was called.
@@ -134,6 +146,19 @@ impl LinuxOs {
 
     fn held(&mut self, child: Child) -> SysResult<&mut Held> {
         self.children.get_mut(&child).ok_or(Errno::SRCH)
+    }
+
+    /// Waits until processes that were killed are gone, which may hold disks; not for ever, as one that waits for a
+    /// broken device never is.
+    fn end_processes(&mut self) {
+        for _ in 0..LAST_ROUNDS {
+            self.reap();
+            if !self.has_processes() {
+                return;
+            }
+            self.signal_all(KILL);
+            std::thread::sleep(LAST_PAUSE);
+        }
     }
 
     /// Lists the live processes of the guest but the agent.
@@ -205,7 +230,7 @@ impl GuestOs for LinuxOs {
     }
 
     fn spawn(&mut self, spec: &SpawnSpec) -> SysResult<Spawned> {
-        let started = spawn::spawn(spec, self.scope == Scope::Descendants)?;
+        let started = spawn::spawn(spec, self.scope)?;
         let child = Child(self.next_child);
         self.next_child += 1;
         let pid = started.pid;
@@ -407,8 +432,11 @@ impl GuestOs for LinuxOs {
     fn power_off(&mut self) {
         self.powered_off = true;
         if self.scope == Scope::Machine {
+            self.end_processes();
+            // Open files keep their file systems from being unmounted.
+            self.files = files::Files::default();
             // Where the kernel refuses, the main loop ends, and with PID 1 the machine.
-            let _ = rustix::system::reboot(RebootCommand::PowerOff);
+            end_machine(self.ending);
         }
     }
 }

@@ -1,8 +1,13 @@
 //! The agent's command line, and its life as an ordinary process.
 
-use super::{Ended, LinuxOs, Listener, Scope, ServeConfig, remove_tree, serve, set_mark};
+use super::{
+    Ended, LinuxOs, Listener, Scope, ServeConfig, init, remove_tree, serve, set_mark, vsock_tool,
+};
 use crate::{core::AgentConfig, os::GuestOs};
-use rustix::fs::{Gid, Uid};
+use rustix::{
+    fs::{Gid, Uid},
+    process::Pid,
+};
 use std::{
     ffi::OsString,
     fmt,
@@ -22,6 +27,8 @@ usage: vm-guest-agent --listen-unix PATH [options]
   --user UID:GID       become this user first
   --mark NUMBER        mark all that descends from the agent
   --own-dir PATH       make this directory, with `scratch` in it, for the user; remove it at the end";
+
+const LISTEN_UNIX: &str = "--listen-unix";
 
 /// The name of the directory for the guest's files in the agent's own one.
 pub const SCRATCH: &str = "scratch";
@@ -107,12 +114,22 @@ where
 
 /// Does what a command line asks for, and gives the code to exit with.
 ///
+/// Called by the name of the [`vsock_tool`] it is that tool. As the first process of a machine, where the command line
+/// is what the kernel could not use of its own, it sets the machine up and serves, unless `--listen-unix` is there.
+///
 /// It must be called on the only thread of the process.
 pub fn main<I>(arguments: I) -> u8
 where
     I: IntoIterator,
     I::Item: Into<OsString>,
 {
+    let arguments: Vec<OsString> = arguments.into_iter().map(Into::into).collect();
+    if called_as(vsock_tool::NAME) {
+        return vsock_tool::main(&arguments);
+    }
+    if rustix::process::getpid() == Pid::INIT && !arguments.iter().any(asks_to_listen) {
+        return init::run();
+    }
     let options = match parse(arguments) {
         Ok(options) => options,
         Err(error) => {
@@ -130,6 +147,15 @@ where
             EXIT_SETUP
         }
     }
+}
+
+fn asks_to_listen(argument: &OsString) -> bool {
+    argument.to_str().is_some_and(|text| text.starts_with(LISTEN_UNIX))
+}
+
+/// Says whether this program was started under a name.
+fn called_as(name: &str) -> bool {
+    std::env::args_os().next().is_some_and(|own| Path::new(&own).file_name() == Some(name.as_ref()))
 }
 
 fn run(options: &Options) -> io::Result<Ended> {

@@ -7,16 +7,20 @@
 //! | module | what it holds |
 //! | --- | --- |
 //! | [`launch`] | the command line of the agent binary |
+//! | `init` | the first process of a machine |
+//! | [`vsock_tool`] | the same binary as a tool that connects to the host |
 //! | [`proc_table`] | `/proc` as a table |
 
 mod ffi;
 mod files;
 mod guest_os;
+mod init;
 pub mod launch;
 pub mod proc_table;
 mod remove;
 mod serve;
 mod spawn;
+pub mod vsock_tool;
 
 pub use guest_os::{LinuxOs, Scope};
 pub use remove::remove_tree;

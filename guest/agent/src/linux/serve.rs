@@ -22,11 +22,20 @@ use std::{
 /// How many connections are held at once. One more takes the place of the oldest that has not said anything yet.
 const MAX_CONNECTIONS: usize = 16;
 
+/// What processes are told before the end.
+const SIGTERM: u8 = 15;
+
 /// How much one turn reads from one connection.
 const READ_SIZE: usize = 64 << 10;
 
 /// The signals that end an agent that is an ordinary process.
 const ENDING_SIGNALS: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
+
+/// The signals by which BusyBox's `halt`, `poweroff` and `reboot` ask the first process for the machine's end.
+const MACHINE_SIGNALS: [i32; 3] = [libc::SIGUSR1, libc::SIGUSR2, libc::SIGTERM];
+
+/// How long the guest's processes have to end when one of them asked for the machine's end.
+const OWN_GRACE: Duration = Duration::from_secs(1);
 
 /// Where hosts dial: any listening stream socket.
 #[derive(Debug)]
@@ -42,6 +51,19 @@ impl Listener {
         let socket =
             rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
         rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+        rustix::net::listen(&socket, 16)?;
+        Ok(Self(socket))
+    }
+
+    /// Listens on a vsock port, on every address of this machine.
+    ///
+    /// # Errors
+    /// The kernel's, as when the port is taken or the kernel has no vsock.
+    pub fn vsock(port: u32) -> io::Result<Self> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket =
+            rustix::net::socket_with(AddressFamily::VSOCK, SocketType::STREAM, flags, None)?;
+        ffi::vsock_bind(socket.as_fd(), port)?;
         rustix::net::listen(&socket, 16)?;
         Ok(Self(socket))
     }
@@ -65,7 +87,7 @@ pub enum Ended {
     PoweredOff,
     /// The lifeline hung up.
     OwnerGone,
-    /// One of TERM, INT and HUP came.
+    /// One of TERM, INT and HUP came to an agent that is not the first process.
     Signaled(i32),
 }
 
@@ -77,9 +99,10 @@ pub enum Ended {
 /// When waiting itself fails; a connection's errors end only the connection.
 pub fn serve(listener: &Listener, config: ServeConfig) -> io::Result<Ended> {
     let mut signals = vec![libc::SIGCHLD];
-    if config.scope != Scope::Machine {
-        signals.extend(ENDING_SIGNALS);
-    }
+    signals.extend(match config.scope {
+        Scope::Machine => MACHINE_SIGNALS,
+        Scope::Descendants | Scope::Children => ENDING_SIGNALS,
+    });
     let signals = ffi::signals_as_descriptor(&signals)?;
     let mut agent = Agent {
         core: AgentCore::new(config.agent),
@@ -100,8 +123,10 @@ pub fn serve(listener: &Listener, config: ServeConfig) -> io::Result<Ended> {
         }
         if ready.signals {
             while let Some(signal) = ffi::next_signal(signals.as_fd()) {
-                if signal != libc::SIGCHLD {
-                    return Ok(Ended::Signaled(signal));
+                match (signal, config.scope) {
+                    (libc::SIGCHLD, _) => {}
+                    (_, Scope::Machine) => agent.end_machine(signal),
+                    _ => return Ok(Ended::Signaled(signal)),
                 }
             }
             agent.os.reap();
@@ -258,6 +283,14 @@ impl Agent {
         }
         self.accept_paused = false;
         Ok(ready)
+    }
+
+    /// Begins what a program of the guest asked for by a signal.
+    fn end_machine(&mut self, signal: i32) {
+        if signal == libc::SIGTERM {
+            self.os.restart_at_the_end();
+        }
+        self.core.shut_down(SIGTERM, OWN_GRACE, &mut self.os);
     }
 
     fn timeout(&self, busy: bool) -> Option<Timespec> {

@@ -1,10 +1,10 @@
 //! Starting a program: fork, the steps in the child, exec.
 #![allow(unsafe_code)]
 
-use super::{errno, ffi};
+use super::{Scope, errno, ffi};
 use crate::os::{Errno, Output, SpawnSpec, SysResult};
 use rustix::{
-    fs::{Mode, OFlags},
+    fs::{Gid, Mode, OFlags, Uid},
     io::Errno as Sys,
     pipe::PipeFlags,
     process::{Pid, Signal},
@@ -12,6 +12,7 @@ use rustix::{
     termios::Winsize,
 };
 use std::{
+    ffi::{CStr, CString},
     io,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
@@ -70,11 +71,12 @@ impl Ends {
     }
 }
 
-/// Starts a program as leader of its own session. With `die_with_us` the kernel kills it when this thread ends.
-pub(super) fn spawn(spec: &SpawnSpec, die_with_us: bool) -> SysResult<Started> {
+/// Starts a program as leader of its own session. In [`Scope::Descendants`] the kernel kills it when this thread ends;
+/// in [`Scope::Machine`] it is not spared, as the agent is, when memory runs out.
+pub(super) fn spawn(spec: &SpawnSpec, scope: Scope) -> SysResult<Started> {
     let mut tries = 0;
     loop {
-        match spawn_once(spec, die_with_us) {
+        match spawn_once(spec, scope) {
             // Another process may hold the file for a moment between its fork and its exec.
             Err(Errno(code)) if code == Sys::TXTBSY.raw_os_error() && tries < BUSY_TRIES => {
                 tries += 1;
@@ -91,28 +93,31 @@ pub(super) fn set_size(master: BorrowedFd<'_>, size: TermSize) -> SysResult<()> 
     rustix::termios::tcsetwinsize(master, size).map_err(errno)
 }
 
-fn spawn_once(spec: &SpawnSpec, die_with_us: bool) -> SysResult<Started> {
+fn spawn_once(spec: &SpawnSpec, scope: Scope) -> SysResult<Started> {
     let image = ffi::ExecImage::new(&spec.path, &spec.argv, &spec.env)?;
-    if spec.cwd.contains('\0') {
-        return Err(Errno::INVAL);
-    }
+    let cwd = CString::new(spec.cwd.as_str()).map_err(|_| Errno::INVAL)?;
     let mut command = Command::new(&spec.path);
-    command.env_clear().current_dir(&spec.cwd);
+    command.env_clear();
     let (ends, terminal) = match spec.tty {
         Some(size) => (attach_terminal(&mut command, size)?, true),
         None => (attach_pipes(&mut command, spec.stdin)?, false),
     };
-    if let Some((uid, gid)) = other_ids(spec)? {
-        // As root this drops the supplementary groups too.
-        command.uid(uid).gid(gid);
-    }
+    let ids = other_ids(spec)?;
     let parent = rustix::process::getpid();
     let in_child = move || -> io::Result<()> {
         rustix::process::setsid()?;
         if terminal {
             rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
         }
-        if die_with_us {
+        if scope == Scope::Machine {
+            // Before the user changes, who could not write it. A kernel without it spares nobody.
+            let _ = write_own(c"/proc/self/oom_score_adj", b"0");
+        }
+        if let Some((uid, gid)) = ids {
+            become_user(uid, gid)?;
+        }
+        rustix::process::chdir(cwd.as_c_str())?;
+        if scope == Scope::Descendants {
             rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
             if rustix::process::getppid() != Some(parent) {
                 return Err(Sys::SRCH.into());
@@ -130,6 +135,20 @@ fn spawn_once(spec: &SpawnSpec, die_with_us: bool) -> SysResult<Started> {
     let child = command.spawn().map_err(|error| error_of(&error))?;
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(Errno::SRCH)?;
     Ok(Started { pid, ends })
+}
+
+/// Becomes another user without supplementary groups, for good. Safe between fork and exec.
+fn become_user(uid: u32, gid: u32) -> rustix::io::Result<()> {
+    let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+    rustix::thread::set_thread_groups(&[])?;
+    rustix::thread::set_thread_res_gid(gid, gid, gid)?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid)
+}
+
+/// Writes to a file of the kernel's about this process. Safe between fork and exec.
+fn write_own(path: &CStr, bytes: &[u8]) -> rustix::io::Result<usize> {
+    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+    rustix::io::write(rustix::fs::open(path, flags, Mode::empty())?, bytes)
 }
 
 /// Gives the user to become, or `None` where that is what we are.

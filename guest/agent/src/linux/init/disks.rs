@@ -1,0 +1,158 @@
+//! Disks, by their serial strings.
+
+use super::{Failed, mounts};
+use rustix::{io::Errno, mount::MountFlags};
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+use vm_guest_protocol::boot::BootDisk;
+
+const STAGE: &str = "disks";
+
+/// How long a disk may take to appear, and how long is waited before it is looked for again.
+const PATIENCE: Duration = Duration::from_secs(5);
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LAST_PAUSE: Duration = Duration::from_millis(50);
+
+/// Where block devices are listed.
+const LIST: &str = "/sys/block";
+
+/// Mounts disks, outer places before those inside them.
+pub(super) fn mount_all(disks: &[BootDisk]) -> Result<(), Failed> {
+    let mut disks: Vec<&BootDisk> = disks.iter().collect();
+    disks.sort_by_key(|disk| Path::new(&disk.mount).components().count());
+    for disk in disks {
+        let device = find(STAGE, &disk.serial)?;
+        let at = Path::new(&disk.mount);
+        mounts::make_dir(at).map_err(Failed::at(STAGE, &disk.mount))?;
+        mount(&device, at, disk.read_only).map_err(Failed::at(STAGE, &disk.serial))?;
+    }
+    Ok(())
+}
+
+/// Finds the device of a disk, waiting for it for some seconds.
+pub(super) fn find(stage: &'static str, serial: &str) -> Result<PathBuf, Failed> {
+    let end = Instant::now() + PATIENCE;
+    let mut pause = FIRST_PAUSE;
+    loop {
+        let all = serials(Path::new(LIST));
+        let found =
+            all.iter().find(|(_, it)| it == serial).map(|(name, _)| Path::new("/dev").join(name));
+        if let Some(device) = found.filter(|device| device.exists()) {
+            return Ok(device);
+        }
+        if Instant::now() >= end {
+            let seen: Vec<&str> = all.iter().map(|(_, serial)| serial.as_str()).collect();
+            let reason = format!("no disk `{serial}`, only [{}]", seen.join(", "));
+            return Err(Failed::new(stage, reason));
+        }
+        thread::sleep(pause);
+        pause = (pause * 2).min(LAST_PAUSE);
+    }
+}
+
+/// Lists block devices that have a serial string, by name.
+fn serials(list: &Path) -> Vec<(String, String)> {
+    let mut found: Vec<(String, String)> = fs::read_dir(list)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| {
+            // virtio-blk has it at the first place, others at the second.
+            let serial = ["serial", "device/serial"]
+                .into_iter()
+                .find_map(|file| fs::read_to_string(entry.path().join(file)).ok())?;
+            Some((entry.file_name().into_string().ok()?, serial.trim_end().to_owned()))
+        })
+        .collect();
+    found.sort_unstable();
+    found
+}
+
+/// Mounts the file system of a device.
+pub(super) fn mount(device: &Path, at: &Path, read_only: bool) -> io::Result<()> {
+    let kind = identify(&File::open(device)?)?;
+    let flags = if read_only { MountFlags::RDONLY } else { MountFlags::empty() };
+    match rustix::mount::mount(device, at, kind, flags, c"") {
+        // What a journal still holds cannot be written to a device that is read-only.
+        Err(Errno::ROFS | Errno::ACCESS) if read_only && kind == EXT => {
+            Ok(rustix::mount::mount(device, at, kind, flags, c"noload")?)
+        }
+        other => Ok(other?),
+    }
+}
+
+const EXT: &str = "ext4";
+
+/// Says which of the file systems that are expected is on a device, by its magic number: s_magic of ext2 to ext4 at
+/// 0x438, those of squashfs at 0 and of erofs at 0x400.
+fn identify(device: &File) -> io::Result<&'static str> {
+    let mut start = [0; 0x43a];
+    match device.read_exact_at(&mut start, 0) {
+        Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => return Err(error),
+        _ => {}
+    }
+    if start.starts_with(b"hsqs") {
+        Ok("squashfs")
+    } else if start[0x400..].starts_with(&0xe0f5_e1e2_u32.to_le_bytes()) {
+        Ok("erofs")
+    } else if start[0x438..].starts_with(&0xef53_u16.to_le_bytes()) {
+        Ok(EXT)
+    } else {
+        Err(io::Error::new(io::ErrorKind::InvalidData, "no ext, squashfs or erofs file system"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn file_with(bytes: &[u8], at: u64, len: u64) -> File {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(len).unwrap();
+        file.write_all_at(bytes, at).unwrap();
+        file
+    }
+
+    #[test]
+    fn file_systems_are_told_by_their_magic_numbers() {
+        for (magic, at, expected) in [
+            (&b"hsqs"[..], 0, "squashfs"),
+            (&[0xe2, 0xe1, 0xf5, 0xe0], 0x400, "erofs"),
+            (&[0x53, 0xef], 0x438, EXT),
+        ] {
+            assert_eq!(identify(&file_with(magic, at, 4096)).unwrap(), expected);
+            assert!(identify(&file_with(magic, at + 1, 4096)).is_err());
+        }
+    }
+
+    #[test]
+    fn serials_come_from_either_place() {
+        let list = tempfile::tempdir().unwrap();
+        for (file, text) in [("vdb/serial", "root\n"), ("vda/serial", "disk-1"), ("sr0/size", "1")]
+        {
+            let path = list.path().join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        let nested = list.path().join("nvme0n1/device");
+        fs::create_dir_all(&nested).unwrap();
+        fs::write(nested.join("serial"), "fast  \n").unwrap();
+        let found = serials(list.path());
+        let expected = [("nvme0n1", "fast"), ("vda", "disk-1"), ("vdb", "root")];
+        assert_eq!(found, expected.map(|(name, serial)| (name.to_owned(), serial.to_owned())));
+    }
+
+    proptest! {
+        #[test]
+        fn any_device_is_survived(bytes in prop::collection::vec(any::<u8>(), 0..2000)) {
+            let _ = identify(&file_with(&bytes, 0, bytes.len() as u64));
+        }
+    }
+}
