@@ -425,3 +425,6 @@ const EVENT_TRANSPORT_RESET: u32 = 0;
 
 /// How much one call does in either direction.
 const BUDGET: Budget = Budget { chains: 512, bytes: 4 << 20 };
+
+#[cfg(test)]
+mod tests;

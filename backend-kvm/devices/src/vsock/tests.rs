@@ -1,0 +1,6 @@
+//! Tests of the whole device through its registers and queues.
+
+mod driver;
+mod hostile;
+mod model;
+mod scenarios;
