@@ -2,10 +2,12 @@
 
 use crate::clause::Clause;
 
+mod boot_files;
 mod cancel;
 mod chaos;
 mod concurrency;
 mod config;
+mod console_file;
 mod deadline;
 mod errors;
 mod events;
@@ -16,6 +18,7 @@ mod files;
 mod files_atomic;
 mod files_names;
 mod fork;
+mod guest_streams;
 mod integrity;
 mod leftovers;
 mod lifecycle;
@@ -31,6 +34,8 @@ mod snapshot;
 mod snapshot_faults;
 mod streams;
 mod tty;
+mod vsock;
+mod vsock_life;
 
 /// Gives every clause, in the order of the groups.
 pub fn all() -> impl Iterator<Item = &'static Clause> {
@@ -56,10 +61,14 @@ const GROUPS: &[&[Clause]] = &[
     snapshot_faults::CLAUSES,
     integrity::CLAUSES,
     fork::CLAUSES,
+    vsock::CLAUSES,
+    vsock_life::CLAUSES,
     cancel::CLAUSES,
     concurrency::CLAUSES,
     deadline::CLAUSES,
     config::CLAUSES,
+    console_file::CLAUSES,
+    boot_files::CLAUSES,
     errors::CLAUSES,
     events::CLAUSES,
     metrics::CLAUSES,

@@ -10,7 +10,8 @@ use rand_chacha::{
 use std::{
     fmt,
     future::Future,
-    path::PathBuf,
+    io,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -18,6 +19,7 @@ use tokio::sync::oneshot;
 use vm_core::{
     env::{Env, timeout},
     fault::{FaultControl, FaultKind, FaultOrder},
+    host_fs::HostFs,
 };
 use vm_trait::{Capabilities, Capability, VmBackend, VmConfig, VmInstance, VmResult};
 
@@ -35,6 +37,8 @@ pub struct Setup {
     /// A directory of the host that exists, for snapshots and disks that a check names itself. What it holds at the end
     /// is no leftover.
     pub host_dir: PathBuf,
+    /// The file system in which that directory is.
+    pub host_fs: Arc<dyn HostFs>,
     /// Lists what is left on the host once every handle is dropped; empty where nothing is. It is asked again for a
     /// while before what it says is held against the backend.
     pub leftovers: Arc<dyn Fn() -> Vec<String> + Send + Sync>,
@@ -121,6 +125,31 @@ impl Context {
     pub fn host_path(&self, name: &str) -> PathBuf {
         let unique = self.draw(0, u64::MAX);
         self.setup.host_dir.join(format!("{unique:016x}-{name}"))
+    }
+
+    /// Reads a whole file of the host.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub async fn read_host_file(&self, path: &Path) -> io::Result<Bytes> {
+        let file = self.setup.host_fs.open(path).await?;
+        let size = file.size().await?;
+        let size =
+            usize::try_from(size).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))?;
+        file.read_at(0, size).await
+    }
+
+    /// Makes a file of the host that was not there before. It is no leftover where
+    /// [`host_path`](Self::host_path) named it.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub async fn write_host_file(&self, path: &Path, bytes: Bytes) -> io::Result<()> {
+        let aside = path.with_extension("aside");
+        let mut file = self.setup.host_fs.create_new(&aside).await?;
+        file.write_all(bytes).await?;
+        drop(file);
+        self.setup.host_fs.rename(&aside, path).await
     }
 
     /// Draws a number of `low..=high`.

@@ -12,10 +12,10 @@ use crate::{
 use bytes::Bytes;
 use std::{path::PathBuf, sync::Arc, time::Duration};
 use vm_trait::{
-    Capability, CreateDirOptions, DiskConfig, ExecRequest, ForkOptions, Mib, OutputOffsets,
-    ProcessId, RemoveOptions, RestoreOptions, Snapshot, SnapshotId, SnapshotMetadata,
-    SnapshotOptions, TtySize, User, VmConfig, VmErrorKind, VmId, VmInstance, VmResult,
-    WriteOptions,
+    Capability, CreateDirOptions, DiskConfig, ExecRequest, ForkOptions, KernelConfig, Mib,
+    OutputOffsets, ProcessId, RemoveOptions, RestoreOptions, RootConfig, Snapshot, SnapshotId,
+    SnapshotMetadata, SnapshotOptions, TtySize, User, VmConfig, VmErrorKind, VmId, VmInstance,
+    VmResult, WriteOptions,
 };
 
 /// Lists the clauses, each with the capability whose absence it binds to.
@@ -89,6 +89,40 @@ pub const CLAUSES: &[(Capability, Clause)] = &[
     (
         Capability::Console,
         clause!(no_console, "honesty.console", "without `console`: the console is empty", [], faults: []),
+    ),
+    (
+        Capability::Vsock,
+        clause!(no_vsock, "honesty.vsock", "without `vsock`: connect and listen are Unsupported", [], faults: []),
+    ),
+    (
+        Capability::Root,
+        clause!(
+            no_root,
+            "honesty.root",
+            "without `root`: a machine with a root of the user's choice is Unsupported",
+            [],
+            faults: []
+        ),
+    ),
+    (
+        Capability::Kernel,
+        clause!(
+            no_kernel,
+            "honesty.kernel",
+            "without `kernel`: a machine with a kernel, initial RAM disk or command line of the user's is Unsupported",
+            [],
+            faults: []
+        ),
+    ),
+    (
+        Capability::ConsoleFile,
+        clause!(
+            no_console_file,
+            "honesty.console_file",
+            "without `console_file`: a machine whose console goes to a file is Unsupported",
+            [],
+            faults: []
+        ),
     ),
 ];
 
@@ -190,6 +224,52 @@ async fn no_console(ctx: &Context) -> Verdict {
     let vm = lacking(ctx, Capability::Console).await?;
     let console = vm.console();
     ensure!(console.is_empty(), "the console holds {} bytes", console.len());
+    Ok(())
+}
+
+async fn no_vsock(ctx: &Context) -> Verdict {
+    let vm = lacking(ctx, Capability::Vsock).await?;
+    let port = u32::try_from(ctx.draw(1_025, 1 << 30)).unwrap_or(5_000);
+    unsupported("connect", vm.connect(port).await)?;
+    unsupported("listen", vm.listen(port).await)
+}
+
+async fn no_root(ctx: &Context) -> Verdict {
+    lacking(ctx, Capability::Root).await?;
+    let path = std::env::temp_dir();
+    let roots = [
+        RootConfig::directory(&path),
+        RootConfig::image(&path),
+        RootConfig::default().with_read_only(true),
+    ];
+    for root in roots {
+        let config = VmConfig::builder().with_root(root).build()?;
+        unsupported("create with a root", ctx.backend().create(config).await)?;
+    }
+    Ok(())
+}
+
+async fn no_kernel(ctx: &Context) -> Verdict {
+    lacking(ctx, Capability::Kernel).await?;
+    let path = std::env::temp_dir().join("vmlinux");
+    let kernels = [
+        KernelConfig::default().with_path(&path),
+        KernelConfig::default().with_initrd(&path),
+        KernelConfig::default().with_cmdline("quiet"),
+    ];
+    for kernel in kernels {
+        let config = VmConfig::builder().with_kernel(kernel).build()?;
+        unsupported("create with a kernel", ctx.backend().create(config).await)?;
+    }
+    Ok(())
+}
+
+async fn no_console_file(ctx: &Context) -> Verdict {
+    lacking(ctx, Capability::ConsoleFile).await?;
+    let path = std::env::temp_dir().join(format!("no-console-{:x}", ctx.draw(0, u64::MAX)));
+    let config = VmConfig::builder().with_console_file(&path).build()?;
+    unsupported("create with a console file", ctx.backend().create(config).await)?;
+    ensure!(!path.exists(), "a console file was made at {}", path.display());
     Ok(())
 }
 

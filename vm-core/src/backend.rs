@@ -18,8 +18,8 @@ use std::{
     },
 };
 use vm_trait::{
-    Capabilities, Capability, HostLimits, KernelConfig, Operation, RestoreOptions, RootConfig,
-    Snapshot, SnapshotId, VmBackend, VmConfig, VmError, VmErrorKind, VmInstance, VmResult,
+    Capabilities, Capability, HostLimits, Operation, RestoreOptions, Snapshot, SnapshotId,
+    VmBackend, VmConfig, VmError, VmErrorKind, VmInstance, VmResult,
 };
 
 /// What a backend is made of.
@@ -77,18 +77,7 @@ impl CoreBackend {
     fn check(&self, config: &VmConfig) -> Result<(), VmErrorKind> {
         let hypervisor = &self.parts.hypervisor;
         config.validate_for(&hypervisor.limits())?;
-        if !config.disks.is_empty() {
-            self.require(Capability::Disks)?;
-        }
-        if config.kernel != KernelConfig::default() {
-            self.require(Capability::Kernel)?;
-        }
-        if config.root != RootConfig::default() {
-            self.require(Capability::Root)?;
-        }
-        if config.console_file.is_some() {
-            self.require(Capability::ConsoleFile)?;
-        }
+        config.validate_with(hypervisor.capabilities())?;
         Ok(hypervisor.check(config)?)
     }
 

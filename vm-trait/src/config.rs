@@ -1,6 +1,7 @@
 //! Machine configurations and their validation.
 
 use crate::{
+    capability::{Capabilities, Capability},
     error::{VmError, VmErrorKind},
     state::Operation,
 };
@@ -318,6 +319,25 @@ impl VmConfig {
                 "memory",
                 format!("{} given, this host allows at most {}", self.memory, limits.max_memory),
             ));
+        }
+        Ok(())
+    }
+
+    /// Checks that a backend of these capabilities can do all that the configuration asks for.
+    ///
+    /// # Errors
+    /// [`VmErrorKind::Unsupported`] for the first that it cannot.
+    pub fn validate_with(&self, capabilities: Capabilities) -> Result<(), VmErrorKind> {
+        let asked = [
+            (Capability::Disks, !self.disks.is_empty()),
+            (Capability::Kernel, self.kernel != KernelConfig::default()),
+            (Capability::Root, self.root != RootConfig::default()),
+            (Capability::ConsoleFile, self.console_file.is_some()),
+        ];
+        for (capability, asked) in asked {
+            if asked && !capabilities.has(capability) {
+                return Err(VmErrorKind::Unsupported { what: capability.name().to_owned() });
+            }
         }
         Ok(())
     }

@@ -123,7 +123,11 @@ fn possible(operation: Operation, kind: &VmErrorKind) -> bool {
         VmErrorKind::HostIo { .. } => {
             matches!(operation, O::Snapshot | O::Restore | O::Fork | O::Start)
         }
-        VmErrorKind::Disconnected => operation.needs_guest() || operation == O::Resume,
+        VmErrorKind::Disconnected => {
+            operation.needs_guest() || matches!(operation, O::Resume | O::Connect | O::Listen)
+        }
+        VmErrorKind::ConnectRefused { .. } => operation == O::Connect,
+        VmErrorKind::PortInUse { .. } => operation == O::Listen,
         VmErrorKind::ResourceExhausted { .. } => {
             matches!(operation, O::Start | O::Restore | O::Fork | O::Snapshot)
                 || operation.needs_guest()
@@ -147,6 +151,7 @@ fn judge(operation: Operation, outcome: &VmResult<()>, disturbed: bool, alone: b
             | VmErrorKind::Interrupted
             | VmErrorKind::ExecFailed { .. }
             | VmErrorKind::GuestFile { .. }
+            | VmErrorKind::ConnectRefused { .. }
     );
     ensure!(disturbed || ordinary, "{operation} failed without a fault: {error}");
     Ok(())

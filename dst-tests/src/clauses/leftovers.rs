@@ -34,7 +34,7 @@ pub(super) const CLAUSES: &[Clause] = &[
 ];
 
 /// Checks that nothing is left, after as long as it takes to go.
-async fn nothing_left(ctx: &Context) -> Verdict {
+pub(super) async fn nothing_left(ctx: &Context) -> Verdict {
     let outcome = until(ctx, "nothing is left on the host", || ctx.leftovers().is_empty()).await;
     outcome.map_err(|broken| Broken::new(format!("{broken}: {:?}", ctx.leftovers())))
 }

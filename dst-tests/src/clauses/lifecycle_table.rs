@@ -52,6 +52,8 @@ const OPERATIONS: &[Operation] = &[
     Operation::CreateDir,
     Operation::Remove,
     Operation::Rename,
+    Operation::Connect,
+    Operation::Listen,
     Operation::Snapshot,
     Operation::Fork,
     Operation::Metrics,
@@ -63,6 +65,7 @@ pub(super) fn operations(ctx: &Context) -> Vec<Operation> {
         Operation::Pause | Operation::Resume => ctx.has(Capability::Pause),
         Operation::Snapshot => ctx.has(Capability::Snapshot),
         Operation::Fork => ctx.has(Capability::Fork),
+        Operation::Connect | Operation::Listen => ctx.has(Capability::Vsock),
         _ => true,
     };
     OPERATIONS.iter().copied().filter(able).collect()
@@ -96,6 +99,9 @@ pub(super) async fn attempt(ctx: &Context, vm: &Vm, operation: Operation) -> VmR
         Operation::CreateDir => vm.create_dir(&path, CreateDirOptions::default()).await,
         Operation::Remove => vm.remove(&path, RemoveOptions::default()).await,
         Operation::Rename => vm.rename(&path, &format!("{path}-new")).await,
+        // Nothing listens there.
+        Operation::Connect => vm.connect(super::guest_streams::port(ctx)).await.map(drop),
+        Operation::Listen => vm.listen(super::guest_streams::port(ctx)).await.map(drop),
         Operation::Snapshot => {
             let snapshot = vm.snapshot(SnapshotOptions::default()).await?;
             ctx.backend().delete_snapshot(&snapshot).await
@@ -113,7 +119,12 @@ pub(super) async fn attempt(ctx: &Context, vm: &Vm, operation: Operation) -> VmR
 /// Says whether an operation was let in: it was carried out, or failed for want of what it was given.
 fn admitted(outcome: &VmResult<()>) -> bool {
     outcome.as_ref().err().is_none_or(|error| {
-        matches!(error.kind(), VmErrorKind::GuestFile { .. } | VmErrorKind::ExecFailed { .. })
+        matches!(
+            error.kind(),
+            VmErrorKind::GuestFile { .. }
+                | VmErrorKind::ExecFailed { .. }
+                | VmErrorKind::ConnectRefused { .. }
+        )
     })
 }
 

@@ -122,6 +122,7 @@ async fn simulate(
         faults: Some(backend.fault_control()),
         scratch: Arc::new(|_| "/tmp".to_owned()),
         host_dir,
+        host_fs: Arc::new(backend.host().fs()),
         leftovers: Arc::new(move || host.ledger().leftovers()),
         backend: Arc::new(backend.clone()),
     };

@@ -155,6 +155,7 @@ where
                 faults: opened.faults,
                 scratch: opened.scratch,
                 host_dir: opened.host_dir,
+                host_fs: Arc::new(vm_core::host_fs::StdFs),
                 leftovers: opened.leftovers,
             };
             let broken = keep(setup, (clause, seed), limits, tokio::time::sleep).await;

@@ -7,10 +7,10 @@ use third_party_backend::MemoryBackend;
 use vm_trait::{
     Capabilities, Capability, CreateDirOptions, DirEntry, EventStream, ExecOutput, ExecRequest,
     ExecStatus, FileKind, FileStat, ForkOptions, GuestListener, GuestListenerHandle, GuestProcess,
-    GuestStream, HostLimits, Mib, Operation, OutputOffsets, ProcessId, ProcessInfo, RemoveOptions,
-    RestoreOptions, Snapshot, SnapshotId, SnapshotMetadata, SnapshotOptions, StopOptions,
-    VmBackend, VmConfig, VmError, VmErrorKind, VmExit, VmId, VmInstance, VmMetrics, VmResult,
-    VmState, WriteOptions,
+    GuestStream, HostLimits, KernelConfig, Mib, Operation, OutputOffsets, ProcessId, ProcessInfo,
+    RemoveOptions, RestoreOptions, RootConfig, Snapshot, SnapshotId, SnapshotMetadata,
+    SnapshotOptions, StopOptions, VmBackend, VmConfig, VmError, VmErrorKind, VmExit, VmId,
+    VmInstance, VmMetrics, VmResult, VmState, WriteOptions,
 };
 
 /// Makes the backend.
@@ -80,7 +80,15 @@ impl VmBackend for Liar {
         self.inner.limits()
     }
 
-    async fn create(&self, config: VmConfig) -> VmResult<Arc<dyn VmInstance>> {
+    async fn create(&self, mut config: VmConfig) -> VmResult<Arc<dyn VmInstance>> {
+        // It says yes to what it lies about, and forgets it.
+        match self.lie {
+            Some(Capability::Disks) => config.disks.clear(),
+            Some(Capability::Kernel) => config.kernel = KernelConfig::default(),
+            Some(Capability::Root) => config.root = RootConfig::default(),
+            Some(Capability::ConsoleFile) => config.console_file = None,
+            _ => {}
+        }
         let inner = self.inner.create(config).await?;
         Ok(Arc::new(LyingVm { lie: self.lie, inner }))
     }

@@ -40,11 +40,9 @@ impl VmBackend for MemoryBackend {
     }
 
     async fn create(&self, config: VmConfig) -> VmResult<Arc<dyn VmInstance>> {
-        let checked = config.validate_for(&self.limits());
+        let fits = config.validate_for(&self.limits());
+        let checked = fits.and_then(|()| config.validate_with(self.capabilities()));
         checked.map_err(|kind| VmError::new(Operation::Create, kind))?;
-        if !config.disks.is_empty() {
-            return Err(unsupported(Operation::Create, "disks"));
-        }
         let id = VmId(self.made.fetch_add(1, Ordering::Relaxed) + 1);
         Ok(Arc::new(MemoryVm::new(id, config, self.capabilities())))
     }
