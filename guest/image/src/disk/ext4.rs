@@ -49,7 +49,11 @@ pub(super) fn format(file: &File, bytes: u64, identity: &Identity) -> io::Result
         descriptors.u16(at + 0xe, low16(layout.inodes_per_group - used_inodes));
         descriptors.u16(at + 0x10, directories);
         layout.write(file, first, &bitmap(used, layout.blocks_in(group), layout.block_bytes))?;
-        layout.write(file, first + 1, &bitmap(used_inodes, layout.inodes_per_group, layout.block_bytes))?;
+        layout.write(
+            file,
+            first + 1,
+            &bitmap(used_inodes, layout.inodes_per_group, layout.block_bytes),
+        )?;
     }
     for group in (0..layout.groups).filter(|group| has_superblock(*group)) {
         let superblock = layout.superblock(group, free_blocks, identity);
@@ -88,8 +92,14 @@ impl Layout {
             blocks: u32::try_from(blocks).ok()?,
             groups: u32::try_from(groups).ok()?,
             inodes_per_group: u32::try_from(inodes).ok()?,
-            inode_table_blocks: u32::try_from((inodes * INODE_BYTES).div_ceil(u64::from(block_bytes))).ok()?,
-            descriptor_blocks: u32::try_from((groups * DESCRIPTOR_BYTES).div_ceil(u64::from(block_bytes))).ok()?,
+            inode_table_blocks: u32::try_from(
+                (inodes * INODE_BYTES).div_ceil(u64::from(block_bytes)),
+            )
+            .ok()?,
+            descriptor_blocks: u32::try_from(
+                (groups * DESCRIPTOR_BYTES).div_ceil(u64::from(block_bytes)),
+            )
+            .ok()?,
             journal_blocks: journal_blocks(bytes, blocks),
         };
         let last = layout.groups - 1;
@@ -317,7 +327,11 @@ fn directory(entries: &[(u32, &str)], block_bytes: u32) -> Block {
     let mut block = Block::of(0);
     let mut at = 0;
     for (index, (inode, name)) in entries.iter().enumerate() {
-        let length = if index + 1 == entries.len() { block_bytes as usize - at } else { (8 + name.len()).next_multiple_of(4) };
+        let length = if index + 1 == entries.len() {
+            block_bytes as usize - at
+        } else {
+            (8 + name.len()).next_multiple_of(4)
+        };
         block.u32(at, *inode);
         block.u16(at + 4, u16::try_from(length).unwrap_or(u16::MAX));
         block.u8(at + 6, u8::try_from(name.len()).unwrap_or(u8::MAX));
@@ -340,7 +354,10 @@ fn bitmap(used: u32, count: u32, block_bytes: u32) -> Vec<u8> {
 
 /// Whether the group has a copy of the superblock and of the descriptors: 0, 1 and the powers of 3, 5 and 7.
 fn has_superblock(group: u32) -> bool {
-    let is_power = |base: u32| std::iter::successors(Some(base), |power| power.checked_mul(base)).any(|power| power == group);
+    let is_power = |base: u32| {
+        std::iter::successors(Some(base), |power| power.checked_mul(base))
+            .any(|power| power == group)
+    };
     group <= 1 || [3, 5, 7].into_iter().any(is_power)
 }
 
@@ -358,5 +375,8 @@ fn low16(value: u32) -> u16 {
 }
 
 fn halves(value: u64) -> (u32, u32) {
-    (u32::try_from(value & 0xffff_ffff).unwrap_or(u32::MAX), u32::try_from(value >> 32).unwrap_or(u32::MAX))
+    (
+        u32::try_from(value & 0xffff_ffff).unwrap_or(u32::MAX),
+        u32::try_from(value >> 32).unwrap_or(u32::MAX),
+    )
 }

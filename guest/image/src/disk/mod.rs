@@ -122,7 +122,8 @@ pub fn identify(path: &Path) -> Result<Option<FileSystem>, DiskError> {
     let failed = |source| DiskError::Io { path: path.to_owned(), source };
     // Not to wait for a writer if it is a pipe, which cannot be read at an offset either.
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let file = File::from(openat(CWD, path, flags, Mode::empty()).map_err(|error| failed(error.into()))?);
+    let file =
+        File::from(openat(CWD, path, flags, Mode::empty()).map_err(|error| failed(error.into()))?);
     let holds = |at, magic: &[u8]| -> Result<bool, DiskError> {
         let mut found = vec![0; magic.len()];
         match file.read_exact_at(&mut found, at) {
@@ -143,7 +144,11 @@ pub fn identify(path: &Path) -> Result<Option<FileSystem>, DiskError> {
 }
 
 /// Makes a file that has its name only once `fill` has succeeded.
-fn create_whole(path: &Path, seed: &[u8], fill: impl Fn(&File) -> io::Result<()>) -> io::Result<()> {
+fn create_whole(
+    path: &Path,
+    seed: &[u8],
+    fill: impl Fn(&File) -> io::Result<()>,
+) -> io::Result<()> {
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -173,7 +178,11 @@ fn create_whole(path: &Path, seed: &[u8], fill: impl Fn(&File) -> io::Result<()>
     File::open(directory)?.sync_all()
 }
 
-fn create_aside(aside: &Path, path: &Path, fill: impl Fn(&File) -> io::Result<()>) -> io::Result<()> {
+fn create_aside(
+    aside: &Path,
+    path: &Path,
+    fill: impl Fn(&File) -> io::Result<()>,
+) -> io::Result<()> {
     let file = OpenOptions::new().read(true).write(true).create_new(true).open(aside)?;
     fill(&file)?;
     match renameat_with(CWD, aside, CWD, path, RenameFlags::NOREPLACE) {
