@@ -5,6 +5,7 @@ use crate::{
     control::{Answer, CONTROL_VERSION, End, FromLauncher, MAX_PACKET, Refusal, Request, ToLauncher},
     launcher::{self, Process, Started, last_words},
     packet::{self, BadPacket, Received},
+    ready::watched,
 };
 use bytes::Bytes;
 use rustix::{
@@ -113,11 +114,10 @@ impl Life {
         let stages = StageTimes { launcher_spawn: spawn_time, ..StageTimes::default() };
         let waiting = BTreeMap::from([(Awaited::Hello, hello)]);
         let state = State { waiting, stages, ..State::default() };
-        let control = AsyncFd::with_interest(control, Interest::READABLE | Interest::WRITABLE);
+        let control = watched(control, Interest::READABLE | Interest::WRITABLE);
         let control = control.map_err(|error| host(&error))?;
         let exact = process.exact().map_err(|error| host(&error))?;
-        let exact = AsyncFd::with_interest(exact, Interest::READABLE);
-        let exact = exact.map_err(|error| host(&error))?;
+        let exact = watched(exact, Interest::READABLE).map_err(|error| host(&error))?;
         let (exit, _) = watch::channel(None);
         let life = Arc::new(Self {
             control,
@@ -277,9 +277,8 @@ impl Life {
     pub(crate) fn console(&self) -> Bytes {
         let console = self.ring.last();
         let state = self.lock();
-        let why = match (&state.end, &state.broken) {
-            (Some(End::Failed(why)), _) | (_, Some(why)) => why,
-            _ => return console,
+        let (Some(End::Failed(why)), _) | (_, Some(why)) = (&state.end, &state.broken) else {
+            return console;
         };
         let line_end = if console.last().is_none_or(|last| *last == b'\n') { "" } else { "\r\n" };
         let note = format!("{line_end}twinvm: the machine failed: {why}\r\n");
@@ -604,3 +603,7 @@ impl From<Refusal> for MachineError {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "life_tests.rs"]
+mod tests;

@@ -1,0 +1,116 @@
+//! [`KvmBackend`]: a whole backend with one call.
+
+use crate::{KvmHypervisor, KvmHypervisorBuilder, SetupError};
+use rustix::rand::GetRandomFlags;
+use std::{env, path::PathBuf, sync::Arc};
+use vm_core::{
+    backend::{CoreBackend, CoreParts},
+    env::TokioEnv,
+    host_fs::StdFs,
+    observe::{NoObserver, Observer},
+};
+
+/// A backend of KVM machines on tokio and the real file system.
+///
+/// ```no_run
+/// use vm_backend_kvm::KvmBackend;
+/// use vm_trait::{VmBackend, VmConfig};
+/// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+/// vm_backend_kvm::probe()?;
+/// let backend = KvmBackend::builder().build()?;
+/// let vm = backend.create(VmConfig::default()).await?;
+/// vm.start().await?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct KvmBackend;
+
+/// Puts a backend of KVM machines together.
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct KvmBackendBuilder {
+    hypervisor: KvmHypervisorBuilder,
+    snapshots: Option<PathBuf>,
+    observer: Arc<dyn Observer>,
+}
+
+impl KvmBackend {
+    /// Starts from the defaults.
+    pub fn builder() -> KvmBackendBuilder {
+        KvmBackendBuilder {
+            hypervisor: KvmHypervisor::builder(),
+            snapshots: None,
+            observer: Arc::new(NoObserver),
+        }
+    }
+}
+
+impl KvmBackendBuilder {
+    /// Sets the launcher's binary. Default [`LauncherProgram::find`](crate::LauncherProgram::find).
+    pub fn with_launcher(mut self, path: impl Into<PathBuf>) -> Self {
+        self.hypervisor = self.hypervisor.with_launcher(path);
+        self
+    }
+
+    /// Sets the kernel of machines whose configuration names none. Default
+    /// [`Kernel::find`](vm_guest_image::Kernel::find).
+    pub fn with_kernel(mut self, path: impl Into<PathBuf>) -> Self {
+        self.hypervisor = self.hypervisor.with_kernel(path);
+        self
+    }
+
+    /// Sets the directory of the kernel's modules. Default
+    /// [`KernelModules::find`](vm_guest_image::KernelModules::find).
+    pub fn with_modules(mut self, path: impl Into<PathBuf>) -> Self {
+        self.hypervisor = self.hypervisor.with_modules(path);
+        self
+    }
+
+    /// Sets the directory for snapshots that are given no path; it is made when the first is taken. Default
+    /// `twinvm-snapshots-UID` in the system's directory for temporary files.
+    pub fn with_snapshots(mut self, path: impl Into<PathBuf>) -> Self {
+        self.snapshots = Some(path.into());
+        self
+    }
+
+    /// Sets who listens. Default nobody.
+    pub fn with_observer(mut self, observer: Arc<dyn Observer>) -> Self {
+        self.observer = observer;
+        self
+    }
+
+    /// Makes the backend.
+    ///
+    /// # Errors
+    /// [`SetupError`].
+    ///
+    /// # Panics
+    /// Outside a tokio runtime with I/O and time enabled.
+    pub fn build(self) -> Result<CoreBackend, SetupError> {
+        let user = rustix::process::geteuid().as_raw();
+        let snapshots = self
+            .snapshots
+            .unwrap_or_else(|| env::temp_dir().join(format!("twinvm-snapshots-{user}")));
+        Ok(CoreBackend::new(CoreParts {
+            hypervisor: Arc::new(self.hypervisor.build()?),
+            env: Arc::new(TokioEnv::real(fill_random)),
+            fs: Arc::new(StdFs),
+            snapshots,
+            observer: self.observer,
+        }))
+    }
+}
+
+/// Takes randomness from the operating system.
+fn fill_random(mut bytes: &mut [u8]) {
+    while !bytes.is_empty() {
+        match rustix::rand::getrandom(&mut *bytes, GetRandomFlags::empty()) {
+            Ok(filled) => bytes = &mut bytes[filled..],
+            Err(rustix::io::Errno::INTR) => {}
+            // Only a Linux from before 2014 has no getrandom, and it has no pidfds either.
+            Err(_) => return,
+        }
+    }
+}
