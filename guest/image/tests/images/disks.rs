@@ -44,7 +44,7 @@ fn disks_of_any_size_are_sound_and_sparse() {
         let status = fs::metadata(&path).expect("stats");
         assert_eq!(status.len(), bytes);
         assert!(
-            status.blocks() * 512 <= 32768 + bytes / 8192,
+            status.blocks() * 512 <= 32768 + bytes / 1024,
             "{bytes}: {} sectors are taken",
             status.blocks()
         );
