@@ -2,7 +2,9 @@
 
 use crate::{
     console::ConsoleRing,
-    control::{Answer, CONTROL_VERSION, End, FromLauncher, MAX_PACKET, Refusal, Request, ToLauncher},
+    control::{
+        Answer, CONTROL_VERSION, End, FromLauncher, MAX_PACKET, Refusal, Request, ToLauncher,
+    },
     launcher::{self, Process, Started, last_words},
     packet::{self, BadPacket, Received},
     ready::watched,
@@ -204,10 +206,7 @@ impl Life {
     ///
     /// # Errors
     /// [`MachineError::PortInUse`] and as [`request`](Self::request).
-    pub(crate) async fn listen(
-        self: &Arc<Self>,
-        port: u32,
-    ) -> Result<Listening, MachineError> {
+    pub(crate) async fn listen(self: &Arc<Self>, port: u32) -> Result<Listening, MachineError> {
         let (send, streams) = mpsc::channel(WAITING_STREAMS);
         let known = {
             let mut state = self.lock();
@@ -277,7 +276,7 @@ impl Life {
     pub(crate) fn console(&self) -> Bytes {
         let console = self.ring.last();
         let state = self.lock();
-        let (Some(End::Failed(why)), _) | (_, Some(why)) = (&state.end, &state.broken) else {
+        let ((Some(End::Failed(why)), _) | (_, Some(why))) = (&state.end, &state.broken) else {
             return console;
         };
         let line_end = if console.last().is_none_or(|last| *last == b'\n') { "" } else { "\r\n" };
@@ -307,9 +306,9 @@ impl Life {
 
     async fn send(&self, message: &ToLauncher, fds: &[BorrowedFd<'_>]) -> Result<(), MachineError> {
         let bytes = packet::encode(message).map_err(|error| host(&error))?;
-        let sent = self.control.async_io(Interest::WRITABLE, |socket| {
-            packet::send(socket.as_fd(), &bytes, fds)
-        });
+        let sent = self
+            .control
+            .async_io(Interest::WRITABLE, |socket| packet::send(socket.as_fd(), &bytes, fds));
         match sent.await {
             Ok(()) => Ok(()),
             Err(error)
@@ -454,13 +453,10 @@ impl Life {
 }
 
 impl State {
-    fn answer(
-        &mut self,
-        awaited: Awaited,
-        result: Result<Answer, Refusal>,
-    ) -> Result<(), String> {
+    fn answer(&mut self, awaited: Awaited, result: Result<Answer, Refusal>) -> Result<(), String> {
         let waiting = self.waiting.remove(&awaited);
-        let waiting = waiting.ok_or_else(|| format!("nobody waits for an answer to {awaited:?}"))?;
+        let waiting =
+            waiting.ok_or_else(|| format!("nobody waits for an answer to {awaited:?}"))?;
         let _ = waiting.send(result);
         Ok(())
     }

@@ -3,7 +3,7 @@
 use crate::context::Context;
 use futures_core::future::BoxFuture;
 use std::{fmt, panic::Location};
-use vm_core::fault::FaultKind;
+use vm_core::fault::{FaultKind, FaultScope};
 use vm_trait::{Capability, VmError};
 
 /// One promise, and how it is checked.
@@ -20,6 +20,8 @@ pub struct Clause {
     pub needs_faults: &'static [FaultKind],
     /// Whether the check sets deadlines, or counts things, that faults of the target's own accord would upset.
     pub undisturbed: bool,
+    /// Whether the check needs machines that no other had, though its group does without.
+    pub needs_fresh: bool,
     /// The check.
     pub check: Check,
 }
@@ -45,6 +47,24 @@ impl Clause {
     pub const fn undisturbed(mut self) -> Self {
         self.undisturbed = true;
         self
+    }
+
+    /// Asks for machines that no other check had.
+    #[must_use]
+    pub const fn fresh(mut self) -> Self {
+        self.needs_fresh = true;
+        self
+    }
+
+    /// Says whether the check may be given a running machine that another had, and leaves it as it was: Running, with
+    /// no program left and nothing but the scratch directory changed.
+    #[must_use]
+    pub fn shares_machine(&self) -> bool {
+        let group = matches!(self.group(), "exec" | "files" | "process" | "tty");
+        let survived = |kind: &FaultKind| {
+            matches!(kind.scope(), FaultScope::Exec | FaultScope::File | FaultScope::Link)
+        };
+        group && !self.needs_fresh && self.needs_faults.iter().all(survived)
     }
 
     /// Gives the group: what stands before the dot.
@@ -96,6 +116,7 @@ macro_rules! clause {
             requires: &[$(vm_trait::Capability::$cap),*],
             needs_faults: &[$(vm_core::fault::FaultKind::$fault),*],
             undisturbed: false,
+            needs_fresh: false,
             check: |ctx| Box::pin($check(ctx)),
         }
     };

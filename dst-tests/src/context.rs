@@ -1,6 +1,9 @@
 //! What a check has at hand.
 
-use crate::clause::{Broken, Verdict};
+use crate::{
+    clause::{Broken, Verdict},
+    pool::WarmPool,
+};
 use bytes::Bytes;
 use futures_util::FutureExt;
 use rand_chacha::{
@@ -42,6 +45,8 @@ pub struct Setup {
     /// Lists what is left on the host once every handle is dropped; empty where nothing is. It is asked again for a
     /// while before what it says is held against the backend.
     pub leftovers: Arc<dyn Fn() -> Vec<String> + Send + Sync>,
+    /// Running machines to share, where the clause [may](crate::clause::Clause::shares_machine).
+    pub warm: Option<WarmPool>,
 }
 
 /// Gives a directory of a guest.
@@ -52,6 +57,7 @@ pub struct Context {
     setup: Setup,
     seed: u64,
     rng: Mutex<ChaCha8Rng>,
+    borrowed: Mutex<Vec<Arc<dyn VmInstance>>>,
 }
 
 impl Context {
@@ -63,7 +69,7 @@ impl Context {
             (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
         });
         let rng = ChaCha8Rng::seed_from_u64(seed ^ salt);
-        Self { setup, seed, rng: Mutex::new(rng) }
+        Self { setup, seed, rng: Mutex::new(rng), borrowed: Mutex::default() }
     }
 
     /// Gives the backend.
@@ -104,11 +110,16 @@ impl Context {
         self.setup.backend.create(VmConfig::default()).await
     }
 
-    /// Makes a machine of default configuration and starts it.
+    /// Makes a machine of default configuration and starts it, or takes a warm one that other clauses had before.
     ///
     /// # Errors
     /// The backend's.
     pub async fn running(&self) -> VmResult<Arc<dyn VmInstance>> {
+        if let Some(pool) = &self.setup.warm {
+            let vm = pool.take().await?;
+            self.borrowed.lock().unwrap_or_else(PoisonError::into_inner).push(vm.clone());
+            return Ok(vm);
+        }
         let vm = self.created().await?;
         vm.start().await?;
         Ok(vm)
@@ -298,6 +309,20 @@ impl Context {
     #[must_use]
     pub fn leftovers(&self) -> Vec<String> {
         (self.setup.leftovers)()
+    }
+
+    /// Gives the warm machines back, where the check kept its promise to leave them as they were.
+    pub(crate) async fn give_back(&self) -> Verdict {
+        let mut borrowed = self.borrowed.lock().unwrap_or_else(PoisonError::into_inner);
+        let machines = std::mem::take(&mut *borrowed);
+        drop(borrowed);
+        let Some(pool) = &self.setup.warm else { return Ok(()) };
+        for vm in machines {
+            pool.give_back(vm).await.map_err(|left| {
+                Broken::new(format!("the clause did not leave its machine as it was: {left}"))
+            })?;
+        }
+        Ok(())
     }
 
     fn with_rng<T>(&self, draw: impl FnOnce(&mut ChaCha8Rng) -> T) -> T {

@@ -52,6 +52,10 @@ pub async fn keep<S: Future<Output = ()>>(
         Either::Left((verdict, _)) => Some(verdict),
         Either::Right(((), _)) => None,
     };
+    let verdict = match verdict {
+        Some(Ok(Ok(()))) => Some(Ok(context.give_back().await)),
+        other => other,
+    };
     drop(context);
     match verdict {
         Some(Ok(Ok(()))) => still_left(&*env, limits.leftovers, &*leftovers).await,

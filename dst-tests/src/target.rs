@@ -5,9 +5,17 @@ use std::{collections::BTreeMap, fmt, time::Duration};
 use vm_core::fault::FaultKind;
 use vm_trait::Capabilities;
 
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod kvm;
 mod process;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod real;
+mod recorder;
 mod sim;
 mod tokio;
+
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub use kvm::KvmTarget;
 
 pub use process::ProcessTarget;
 pub use sim::SimTarget;

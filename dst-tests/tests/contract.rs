@@ -4,16 +4,20 @@ use std::{process::ExitCode, sync::Arc};
 use vm_dst::{
     contract::Contract,
     environment::Environment,
-    target::{ProcessTarget, SimTarget},
+    target::{KvmTarget, ProcessTarget, SimTarget, Target},
 };
 
 fn main() -> ExitCode {
     vm_backend_process::run_agent_if_asked();
+    vm_backend_kvm::run_launcher_if_asked();
     match Environment::from_env() {
         Ok(environment) => {
-            let sim = SimTarget::new(environment);
-            let targets = Contract::of(vec![Arc::new(sim), Arc::new(ProcessTarget::new())]);
-            targets.refusing_unknown_backends().main()
+            let targets: Vec<Arc<dyn Target>> = vec![
+                Arc::new(SimTarget::new(environment)),
+                Arc::new(ProcessTarget::new()),
+                Arc::new(KvmTarget::new()),
+            ];
+            Contract::of(targets).refusing_unknown_backends().main()
         }
         Err(error) => {
             complain(&error);

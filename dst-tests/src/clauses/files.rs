@@ -53,7 +53,8 @@ pub(super) const CLAUSES: &[Clause] = &[
     clause!(slow_disk, "files.slow_disk", "a slow disk delays operations on files and changes nothing else",
         [Files], faults: [SlowIo]),
     clause!(kill_interrupts, "files.kill_interrupts",
-        "killing the machine ends an operation on files as Interrupted", [Files], faults: [SlowIo]),
+        "killing the machine ends an operation on files as Interrupted", [Files], faults: [SlowIo])
+        .fresh(),
 ];
 
 async fn round_trip(vm: &dyn VmInstance, path: &str, bytes: &bytes::Bytes) -> Verdict {

@@ -61,7 +61,8 @@ pub(super) const CLAUSES: &[Clause] = &[
     clause!(spawn_failures, "process.spawn_failures", "a program that cannot be started is told by spawn itself",
         [Exec], faults: []),
     clause!(kill_interrupts, "process.kill_interrupts",
-        "stopping or killing the machine ends whatever waits for a program as Interrupted", [Exec], faults: []),
+        "stopping or killing the machine ends whatever waits for a program as Interrupted", [Exec], faults: [])
+        .fresh(),
 ];
 
 async fn streams_as_it_comes(ctx: &Context) -> Verdict {

@@ -2,16 +2,16 @@
 
 use super::{
     Detail, RunReport, Target,
+    recorder::Recorder,
     tokio::{Opened, run_in_real_time},
 };
 use crate::{clause::Clause, runner::cores, session::Limits};
 use std::{
     collections::BTreeMap,
-    fmt, fs,
+    fs,
     os::unix::fs::PermissionsExt,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
 };
 use tempfile::TempDir;
 use vm_backend_process::{AgentProgram, ProcessHypervisor};
@@ -21,7 +21,7 @@ use vm_core::{
     fault::{FaultControl, FaultKind, FaultOrder, FaultRefused},
     host_fs::StdFs,
     machine::Hypervisor,
-    observe::{NoObserver, Observer, Occurrence},
+    observe::{NoObserver, Observer},
 };
 use vm_trait::{Capabilities, VmId};
 
@@ -105,7 +105,7 @@ fn open(env: Arc<dyn Env>, timeline: Option<Arc<Mutex<Vec<String>>>>) -> Result<
         .map_err(|error| error.to_string())?;
     let hypervisor = Arc::new(hypervisor);
     let observer: Arc<dyn Observer> = match timeline {
-        Some(lines) => Arc::new(Recorder { env: env.clone(), lines }),
+        Some(lines) => Arc::new(Recorder::new(env.clone(), lines)),
         None => Arc::new(NoObserver),
     };
     let core = CoreBackend::new(CoreParts {
@@ -227,48 +227,6 @@ fn kill(hypervisor: &ProcessHypervisor, vm: VmId) -> bool {
     let pid = hypervisor.agent_pid(vm).and_then(|pid| i32::try_from(pid).ok());
     let pid = pid.and_then(rustix::process::Pid::from_raw);
     pid.is_some_and(|pid| rustix::process::kill_process(pid, rustix::process::Signal::KILL).is_ok())
-}
-
-/// Writes down what the core reports.
-struct Recorder {
-    env: Arc<dyn Env>,
-    lines: Arc<Mutex<Vec<String>>>,
-}
-
-impl Observer for Recorder {
-    fn record(&self, vm: VmId, occurrence: &Occurrence<'_>) {
-        let text = match occurrence {
-            Occurrence::Begun { operation, call, detail } => {
-                format!("{operation} #{call} {detail}")
-            }
-            Occurrence::Ended { operation, call, outcome } => {
-                format!("{operation} #{call}: {outcome}")
-            }
-            Occurrence::State { from, to } => format!("{from} -> {to}"),
-            Occurrence::LinkUp { resumed, failed_dials } => {
-                format!("link up (resumed: {resumed}, dials that failed: {failed_dials})")
-            }
-            Occurrence::LinkDown => "link down".to_owned(),
-            Occurrence::Took { stage, duration } => format!("{stage} took {}", Millis(*duration)),
-            _ => return,
-        };
-        let line = format!("{:>12}  {vm}  {}", Millis(self.env.now()).to_string(), text.trim_end());
-        lock(&self.lines).push(line);
-    }
-}
-
-impl fmt::Debug for Recorder {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Recorder").finish_non_exhaustive()
-    }
-}
-
-struct Millis(Duration);
-
-impl fmt::Display for Millis {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{:03} ms", self.0.as_millis(), self.0.subsec_micros() % 1000)
-    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

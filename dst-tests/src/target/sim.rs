@@ -123,6 +123,7 @@ async fn simulate(
         scratch: Arc::new(|_| "/tmp".to_owned()),
         host_dir,
         host_fs: Arc::new(backend.host().fs()),
+        warm: None,
         leftovers: Arc::new(move || host.ledger().leftovers()),
         backend: Arc::new(backend.clone()),
     };

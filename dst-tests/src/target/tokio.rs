@@ -57,6 +57,19 @@ impl Opened {
             leftovers: Arc::new(Vec::new),
         }
     }
+
+    fn into_setup(self, env: Arc<dyn Env>) -> Setup {
+        Setup {
+            backend: self.backend,
+            env,
+            faults: self.faults,
+            scratch: self.scratch,
+            host_dir: self.host_dir,
+            host_fs: Arc::new(vm_core::host_fs::StdFs),
+            leftovers: self.leftovers,
+            warm: None,
+        }
+    }
 }
 
 impl TokioTarget {
@@ -131,7 +144,7 @@ impl TokioTarget {
 
 /// Runs a clause on a backend that `open` makes, in a runtime of its own and real time.
 pub(super) fn run_in_real_time<B>(
-    (clause, seed): (&'static Clause, u64),
+    run: (&'static Clause, u64),
     limits: Limits,
     open: impl FnOnce(Arc<dyn Env>) -> B,
 ) -> RunReport
@@ -139,25 +152,28 @@ where
     B: Future<Output = Result<Opened, String>>,
 {
     let sink = PanicSink::default();
+    run_setup(run, limits, &sink, |env| {
+        let opened = open(env.clone());
+        async { Ok(opened.await?.into_setup(env)) }
+    })
+}
+
+/// As [`run_in_real_time`], for what is more than an [`Opened`], and with the panics of other threads in `sink`.
+pub(super) fn run_setup<B>(
+    (clause, seed): (&'static Clause, u64),
+    limits: Limits,
+    sink: &PanicSink,
+    open: impl FnOnce(Arc<dyn Env>) -> B,
+) -> RunReport
+where
+    B: Future<Output = Result<Setup, String>>,
+{
     let guard = sink.join();
     let work = || {
-        let runtime = real_time_runtime(&sink)?;
+        let runtime = real_time_runtime(sink)?;
         let end = runtime.block_on(async {
-            let env: Arc<dyn Env> = Arc::new(TokioEnv::real(|bytes| {
-                // A host without randomness makes names clash, which the contract then shows.
-                let _ = getrandom::fill(bytes);
-            }));
-            let opened = open(env.clone()).await?;
-            let faults = opened.faults.clone();
-            let setup = Setup {
-                backend: opened.backend,
-                env,
-                faults: opened.faults,
-                scratch: opened.scratch,
-                host_dir: opened.host_dir,
-                host_fs: Arc::new(vm_core::host_fs::StdFs),
-                leftovers: opened.leftovers,
-            };
+            let setup = open(real_env()).await?;
+            let faults = setup.faults.clone();
             let broken = keep(setup, (clause, seed), limits, tokio::time::sleep).await;
             Ok((broken, faults))
         });
@@ -172,13 +188,21 @@ where
         Err(text) => (Err(text), None),
     };
     RunReport {
-        broken: judge(verdict, &sink),
+        broken: judge(verdict, sink),
         faults_fired: faults.map(|faults| faults.fired()).unwrap_or_default(),
         ..RunReport::default()
     }
 }
 
-fn real_time_runtime(sink: &PanicSink) -> Result<Runtime, String> {
+/// Makes the environment of real time in the current runtime.
+pub(super) fn real_env() -> Arc<dyn Env> {
+    Arc::new(TokioEnv::real(|bytes| {
+        // A host without randomness makes names clash, which the contract then shows.
+        let _ = getrandom::fill(bytes);
+    }))
+}
+
+pub(super) fn real_time_runtime(sink: &PanicSink) -> Result<Runtime, String> {
     let sink = sink.clone();
     runtime::Builder::new_multi_thread()
         .worker_threads(2)

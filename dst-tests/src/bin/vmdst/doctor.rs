@@ -7,7 +7,7 @@ use vm_dst::{
     environment::Environment,
     plan::Plan,
     runner::cores,
-    target::{ProcessTarget, SimTarget, Target},
+    target::{KvmTarget, ProcessTarget, SimTarget, Target},
 };
 use vm_trait::Capability;
 
@@ -30,17 +30,23 @@ pub(crate) fn run() -> Result<u8, Problem> {
         let _ = writeln!(text, "{mark} {:8} {state}", environment.name());
     }
     text += "\nvariables\n";
-    for name in ["DST_SEED", "DST_SEEDS", "DST_ENV", "REQUIRE_BACKENDS", "RUSTFLAGS"] {
+    for name in ["DST_SEED", "DST_SEEDS", "DST_ENV", "REQUIRE_BACKENDS", "TWINVM_KVM_LAUNCHER", "TWINVM_KERNEL",
+        "TWINVM_MODULES", "TWINVM_ROOT", "RUSTFLAGS"] {
         let value = env::var_os(name)
             .map_or_else(|| "not set".to_owned(), |value| format!("{}", value.display()));
-        let _ = writeln!(text, "  {name:17} {value}");
+        let _ = writeln!(text, "  {name:19} {value}");
     }
     let sim = SimTarget::new(chosen.clone().unwrap_or_else(|_| Environment::best()));
     let process = ProcessTarget::new();
-    let targets: [&dyn Target; 2] = [&sim, &process];
+    let kvm = KvmTarget::new();
+    let targets: [&dyn Target; 3] = [&sim, &process, &kvm];
     text += "\nbackends\n";
     for target in targets {
         text += &about(target);
+    }
+    text += "\nwhat machines of KVM need\n";
+    for line in KvmTarget::findings() {
+        let _ = writeln!(text, "  {line}");
     }
     text += "\nfaults, and who can make them happen\n";
     for kind in FaultKind::ALL {

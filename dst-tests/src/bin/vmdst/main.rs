@@ -11,7 +11,7 @@ use vm_dst::{
     contract_doc,
     environment::Environment,
     seeds::{BadSeeds, number},
-    target::{ProcessTarget, SimTarget, Target},
+    target::{KvmTarget, ProcessTarget, SimTarget, Target},
 };
 
 mod bench;
@@ -70,16 +70,19 @@ enum Backend {
     Sim,
     /// The real guest agent as a process of this host
     Process,
+    /// Machines of KVM
+    Kvm,
 }
 
 impl Chosen {
     fn target(&self) -> Result<Arc<dyn Target>, Problem> {
         match self.backend {
             Backend::Sim => Ok(Arc::new(SimTarget::new(self.environment()?))),
-            Backend::Process if self.env.is_some() => Err(Problem::usage(
-                "--env is for the simulated backend; processes run in real time",
+            _ if self.env.is_some() => Err(Problem::usage(
+                "--env is for the simulated backend; the others run in real time",
             )),
             Backend::Process => Ok(Arc::new(ProcessTarget::new())),
+            Backend::Kvm => Ok(Arc::new(KvmTarget::new())),
         }
     }
 
@@ -130,6 +133,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     vm_backend_process::run_agent_if_asked();
+    vm_backend_kvm::run_launcher_if_asked();
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Run(arguments) => run::run(&arguments),

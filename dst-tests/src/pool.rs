@@ -1,0 +1,248 @@
+//! Running machines that clauses share, because a real one takes seconds to boot.
+//!
+//! A clause that [shares its machine](crate::clause::Clause::shares_machine) gets a warm one from
+//! [`Context::running`](crate::context::Context::running), and must leave it as it found it: Running, with no program
+//! left and nothing but its scratch directory changed. That is checked after each use; a machine that is found otherwise
+//! breaks the clause that had it, and is not used again.
+
+use crate::context::Scratch;
+use futures_core::future::BoxFuture;
+use std::{
+    collections::VecDeque,
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+use tokio::runtime::Handle;
+use vm_core::env::Env;
+use vm_trait::{Capability, RemoveOptions, VmBackend, VmConfig, VmInstance, VmResult, VmState};
+
+/// How long programs of a clause that has ended may take to be gone.
+const SETTLING: Duration = Duration::from_secs(10);
+
+/// How often a machine is looked at meanwhile.
+const LOOK_PAUSE: Duration = Duration::from_millis(20);
+
+/// Looks for what a clause left in a guest beside the agent's own processes and the scratch directory.
+pub type Look = dyn Fn(Arc<dyn VmInstance>) -> BoxFuture<'static, Result<(), String>> + Send + Sync;
+
+/// Running machines of default configuration. Clones share them.
+#[derive(Clone)]
+pub struct WarmPool {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    backend: Arc<dyn VmBackend>,
+    env: Arc<dyn Env>,
+    scratch: Arc<Scratch>,
+    look: Arc<Look>,
+    limits: PoolLimits,
+    machines: Mutex<Machines>,
+}
+
+/// How many machines a pool keeps.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct PoolLimits {
+    /// How many wait, booted, for the next clause.
+    pub ready: usize,
+    /// How many boot at a time for that.
+    pub booting: usize,
+}
+
+impl PoolLimits {
+    /// Keeps so many ready and boots them all at a time.
+    #[must_use]
+    pub fn new(ready: usize) -> Self {
+        Self { ready, booting: ready }
+    }
+}
+
+#[derive(Default)]
+struct Machines {
+    ready: VecDeque<Arc<dyn VmInstance>>,
+    booting: usize,
+    closed: bool,
+}
+
+impl WarmPool {
+    /// Makes a pool of machines of `backend`, whose tasks run in `env`. The first are booted with the first use.
+    #[must_use]
+    pub fn new(
+        backend: Arc<dyn VmBackend>,
+        env: Arc<dyn Env>,
+        scratch: Arc<Scratch>,
+        look: Arc<Look>,
+        limits: PoolLimits,
+    ) -> Self {
+        let machines = Mutex::default();
+        Self { shared: Arc::new(Shared { backend, env, scratch, look, limits, machines }) }
+    }
+
+    /// Takes a running machine, and boots one where none is ready.
+    ///
+    /// # Errors
+    /// The backend's.
+    pub async fn take(&self) -> VmResult<Arc<dyn VmInstance>> {
+        let ready = self.shared.lock().ready.pop_front();
+        let taken = match ready {
+            // One may have died while it waited.
+            Some(vm) if vm.state() == VmState::Running => Ok(vm),
+            _ => self.shared.boot().await,
+        };
+        self.refill();
+        taken
+    }
+
+    /// Takes a machine back after a clause, if it is as it was.
+    ///
+    /// # Errors
+    /// What the clause left, for people.
+    pub async fn give_back(&self, vm: Arc<dyn VmInstance>) -> Result<(), String> {
+        self.shared.settled(&vm).await?;
+        let mut machines = self.shared.lock();
+        if machines.ready.len() < self.shared.limits.ready && !machines.closed {
+            machines.ready.push_back(vm);
+        }
+        Ok(())
+    }
+
+    /// Ends all machines that wait, and keeps none from now on.
+    pub fn close(&self) {
+        let mut machines = self.shared.lock();
+        machines.closed = true;
+        let ended = std::mem::take(&mut machines.ready);
+        drop(machines);
+        drop(ended);
+    }
+
+    /// Boots machines ahead, beside what goes on.
+    fn refill(&self) {
+        loop {
+            let mut machines = self.shared.lock();
+            let limits = self.shared.limits;
+            let enough = machines.ready.len() + machines.booting >= limits.ready;
+            if machines.closed || enough || machines.booting >= limits.booting {
+                return;
+            }
+            machines.booting += 1;
+            drop(machines);
+            let shared = self.shared.clone();
+            let boot = async move {
+                // A machine that does not come up is seen by the clause that then boots one itself.
+                let booted = shared.boot().await;
+                let mut machines = shared.lock();
+                machines.booting -= 1;
+                if let Ok(vm) = booted
+                    && !machines.closed
+                {
+                    machines.ready.push_back(vm);
+                }
+            };
+            self.shared.env.spawn("warm machine", Box::pin(boot));
+        }
+    }
+}
+
+impl Shared {
+    async fn boot(&self) -> VmResult<Arc<dyn VmInstance>> {
+        let vm = self.backend.create(VmConfig::default()).await?;
+        vm.start().await?;
+        Ok(vm)
+    }
+
+    /// Waits until nothing of a clause is left in the guest, and clears the scratch directory.
+    async fn settled(&self, vm: &Arc<dyn VmInstance>) -> Result<(), String> {
+        let deadline = self.env.now() + SETTLING;
+        loop {
+            match self.look_at(vm).await {
+                Ok(()) => break,
+                Err(left) if self.env.now() >= deadline => return Err(left),
+                Err(_) => self.env.sleep(LOOK_PAUSE).await,
+            }
+        }
+        self.clear_scratch(vm).await
+    }
+
+    async fn look_at(&self, vm: &Arc<dyn VmInstance>) -> Result<(), String> {
+        match vm.state() {
+            VmState::Running => {}
+            state => return Err(format!("it is {state}")),
+        }
+        let processes = vm.processes().await.map_err(|error| error.to_string())?;
+        let running: Vec<_> =
+            processes.iter().filter(|process| process.status.is_none()).collect();
+        if !running.is_empty() {
+            return Err(format!("programs run on: {running:?}"));
+        }
+        (self.look)(vm.clone()).await
+    }
+
+    async fn clear_scratch(&self, vm: &Arc<dyn VmInstance>) -> Result<(), String> {
+        if !vm.capabilities().has(Capability::Files) {
+            return Ok(());
+        }
+        let scratch = (self.scratch)(&**vm);
+        let entries = vm.list_dir(&scratch).await;
+        for entry in entries.map_err(|error| error.to_string())? {
+            let path = format!("{scratch}/{}", entry.name);
+            let removed = vm.remove(&path, RemoveOptions { recursive: true }).await;
+            removed.map_err(|error| format!("{path} cannot be removed: {error}"))?;
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Machines> {
+        self.machines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for WarmPool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let machines = self.shared.lock();
+        f.debug_struct("WarmPool")
+            .field("ready", &machines.ready.len())
+            .field("booting", &machines.booting)
+            .finish_non_exhaustive()
+    }
+}
+
+/// An environment whose tasks and timers belong to one runtime, wherever they are asked for.
+#[derive(Debug)]
+pub struct HandleEnv {
+    inner: Arc<dyn Env>,
+    handle: Handle,
+}
+
+impl HandleEnv {
+    /// Puts `inner` into the runtime of `handle`.
+    #[must_use]
+    pub fn new(inner: Arc<dyn Env>, handle: Handle) -> Self {
+        Self { inner, handle }
+    }
+}
+
+impl Env for HandleEnv {
+    fn now(&self) -> Duration {
+        self.inner.now()
+    }
+
+    fn wall_clock(&self) -> Duration {
+        self.inner.wall_clock()
+    }
+
+    fn sleep(&self, duration: Duration) -> BoxFuture<'static, ()> {
+        let _inside = self.handle.enter();
+        self.inner.sleep(duration)
+    }
+
+    fn spawn(&self, name: &'static str, task: BoxFuture<'static, ()>) {
+        let _inside = self.handle.enter();
+        self.inner.spawn(name, task);
+    }
+
+    fn fill_random(&self, bytes: &mut [u8]) {
+        self.inner.fill_random(bytes);
+    }
+}

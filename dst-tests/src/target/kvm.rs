@@ -1,0 +1,408 @@
+//! Machines of KVM, each in a launcher process of its own.
+
+use super::{
+    Detail, RunReport, Target,
+    real::{FaultyHypervisor, RealFaults},
+    recorder::Recorder,
+    tokio::{real_env, real_time_runtime, run_setup},
+};
+use crate::{
+    clause::Clause,
+    context::Setup,
+    panics::PanicSink,
+    pool::{HandleEnv, PoolLimits, WarmPool},
+    runner::cores,
+    session::Limits,
+};
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_core::future::BoxFuture;
+use std::{
+    env,
+    path::PathBuf,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    time::Duration,
+};
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+use vm_backend_kvm::{Fitness, KvmHypervisor, probe};
+use vm_core::{
+    backend::{CoreBackend, CoreParts},
+    env::Env,
+    fault::FaultKind,
+    host_fs::StdFs,
+    machine::Hypervisor,
+    observe::{NoObserver, Observer},
+};
+use vm_guest_image::{Kernel, KernelModules};
+use vm_trait::{
+    Capabilities, ExecRequest, HostLimits, RestoreOptions, Snapshot, VmBackend, VmConfig, VmId,
+    VmInstance, VmResult,
+};
+
+/// The variable that names a directory with a guest's root file system.
+pub const ROOT_VARIABLE: &str = "TWINVM_ROOT";
+
+/// How long a run may take; under software emulation a single boot takes many seconds.
+const LIMITS: Limits =
+    Limits { check: Duration::from_secs(300), leftovers: Duration::from_secs(60) };
+
+/// What lists the programs of a guest, but for its kernel's threads, its first process and the lister itself.
+const LIST_PROGRAMS: &str = "for p in /proc/[0-9]*; do n=${p#/proc/}; [ $n = 1 ] && continue; \
+    [ $n = $$ ] && continue; e=$(readlink $p/exe) && [ -n \"$e\" ] && [ -d $p ] && echo \"$n $e\"; done; true";
+
+/// Machines of KVM, each in a launcher process of its own, in real time.
+///
+/// Clauses that [share machines](Clause::shares_machine) have them from a pool. The others have machines of their own;
+/// all of them share kernels and initial file systems, which are prepared once.
+///
+/// Machines whose configuration names no root have the directory that [`ROOT_VARIABLE`] names, because most clauses need
+/// a shell. The program that uses it should call [`vm_backend_kvm::run_launcher_if_asked`] first in `main`.
+#[derive(Debug, Default)]
+pub struct KvmTarget {
+    host: OnceLock<Result<Host, String>>,
+    bench: OnceLock<Result<SharedBench, String>>,
+}
+
+/// What this host has for machines of KVM.
+#[derive(Clone, Debug)]
+struct Host {
+    hypervisor: Arc<KvmHypervisor>,
+    root: PathBuf,
+}
+
+/// What clauses share: a backend in a runtime of its own, and its pool.
+#[derive(Debug)]
+struct SharedBench {
+    backend: Arc<dyn VmBackend>,
+    env: Arc<dyn Env>,
+    faults: RealFaults,
+    pool: WarmPool,
+    panics: PanicSink,
+    host_dir: TempDir,
+    /// Last, so that it outlives what lives in it.
+    _runtime: Runtime,
+}
+
+impl KvmTarget {
+    /// Names the backend; what can be run here is found out when it is asked.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Says line by line what of all that is needed was found here, and what was not.
+    #[must_use]
+    pub fn findings() -> Vec<String> {
+        let mut lines = Vec::new();
+        let mut line = |what: &str, found: Result<String, String>| {
+            lines.push(match found {
+                Ok(found) => format!("{what}: {found}"),
+                Err(why) => format!("{what}: none: {why}"),
+            });
+        };
+        line("kvm", probe().map(describe).map_err(|why| why.to_string()));
+        let kernel = Kernel::find(None);
+        let found = kernel.as_ref().map(|kernel| {
+            let release = kernel.release().unwrap_or("of unknown release");
+            format!("{} ({release})", kernel.path().display())
+        });
+        line("kernel", found.map_err(ToString::to_string));
+        let modules = match &kernel {
+            Ok(kernel) => KernelModules::find(kernel, None).map_err(|error| error.to_string()),
+            Err(_) => Err("there is no kernel".to_owned()),
+        };
+        let place = |modules: KernelModules| match modules.directory() {
+            Some(directory) => directory.display().to_string(),
+            None => "built into the kernel".to_owned(),
+        };
+        line("modules", modules.map(place));
+        let launcher = vm_backend_kvm::LauncherProgram::find();
+        line(
+            "launcher",
+            launcher.map(|found| found.to_string()).map_err(|error| error.to_string()),
+        );
+        line("root", root().map(|root| root.display().to_string()));
+        lines
+    }
+
+    fn host(&self) -> Result<&Host, String> {
+        self.host.get_or_init(Host::find).as_ref().map_err(Clone::clone)
+    }
+
+    fn bench(&self) -> Result<&SharedBench, String> {
+        self.bench.get_or_init(|| SharedBench::new(self.host()?)).as_ref().map_err(Clone::clone)
+    }
+
+    fn run_shared(&self, run: (&'static Clause, u64)) -> RunReport {
+        let bench = match self.bench() {
+            Ok(bench) => bench,
+            Err(why) => return RunReport { broken: Some(why), ..RunReport::default() },
+        };
+        let faults = bench.faults.for_run();
+        let setup = Setup {
+            backend: bench.backend.clone(),
+            env: bench.env.clone(),
+            faults: Some(Arc::new(faults.clone())),
+            scratch: Arc::new(|_| "/tmp".to_owned()),
+            host_dir: bench.host_dir.path().to_owned(),
+            host_fs: Arc::new(StdFs),
+            // What a shared machine leaves is found when it is given back.
+            leftovers: Arc::new(Vec::new),
+            warm: Some(bench.pool.clone()),
+        };
+        let sink = PanicSink::default();
+        let guard = sink.join();
+        let mut report = run_setup(run, LIMITS, &sink, |_| async { Ok(setup) });
+        drop(guard);
+        faults.forget_pending();
+        for panic in bench.panics.take() {
+            let broken = report.broken.unwrap_or_else(|| "a task panicked".to_owned());
+            report.broken = Some(format!("{broken}; {panic}"));
+        }
+        report
+    }
+
+    fn run_alone(
+        &self,
+        run: (&'static Clause, u64),
+        timeline: Option<Arc<Mutex<Vec<String>>>>,
+    ) -> RunReport {
+        let host = match self.host() {
+            Ok(host) => host,
+            Err(why) => return RunReport { broken: Some(why), ..RunReport::default() },
+        };
+        let sink = PanicSink::default();
+        let guard = sink.join();
+        let report = run_setup(run, LIMITS, &sink, |env| async { host.open(env, timeline) });
+        drop(guard);
+        report
+    }
+}
+
+impl Target for KvmTarget {
+    fn name(&self) -> &str {
+        "kvm"
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        KvmHypervisor::claims()
+    }
+
+    fn can_fault(&self, kind: FaultKind) -> bool {
+        RealFaults::KINDS.contains(&kind)
+    }
+
+    fn environment(&self) -> &str {
+        "tokio with real time, machines of KVM"
+    }
+
+    fn fit(&self) -> Result<(), String> {
+        self.host().map(drop)
+    }
+
+    fn parallel_runs(&self) -> Option<usize> {
+        // Most runs wait; more of them than cores would only make deadlines tight.
+        Some(cores().max(2))
+    }
+
+    fn patience(&self) -> Duration {
+        (LIMITS.check + LIMITS.leftovers) * 2
+    }
+
+    fn replay_line(&self, clause: &Clause, seed: u64) -> String {
+        let id = clause.id;
+        format!("cargo run --release -p vm-dst -- replay --seed {seed:#x} --clause {id} --backend kvm")
+    }
+
+    fn run(&self, clause: &'static Clause, seed: u64, detail: Detail) -> RunReport {
+        if clause.shares_machine() && detail == Detail::Fingerprint {
+            return self.run_shared((clause, seed));
+        }
+        let lines: Arc<Mutex<Vec<String>>> = Arc::default();
+        let timeline = (detail == Detail::Timeline).then(|| lines.clone());
+        let mut report = self.run_alone((clause, seed), timeline);
+        report.timeline = std::mem::take(&mut lines.lock().unwrap_or_else(PoisonError::into_inner));
+        report
+    }
+}
+
+impl Host {
+    fn find() -> Result<Self, String> {
+        probe().map_err(|why| why.to_string())?;
+        let kernel = Kernel::find(None).map_err(|error| error.to_string())?;
+        KernelModules::find(&kernel, None).map_err(|error| error.to_string())?;
+        let hypervisor = KvmHypervisor::builder().build().map_err(|error| error.to_string())?;
+        Ok(Self { hypervisor: Arc::new(hypervisor), root: root()? })
+    }
+
+    /// Puts a backend together that has faults, in the environment given.
+    fn backend(&self, env: Arc<dyn Env>, observer: Arc<dyn Observer>, dir: &TempDir) -> Backend {
+        let finder = self.hypervisor.clone();
+        let find_pid = Arc::new(move |vm| finder.launcher_pid(vm));
+        let faults = RealFaults::new(RealFaults::KINDS, env.clone(), find_pid);
+        let hypervisor = FaultyHypervisor {
+            inner: self.hypervisor.clone() as Arc<dyn Hypervisor>,
+            faults: faults.clone(),
+            root: Some(self.root.clone()),
+        };
+        let core = CoreBackend::new(CoreParts {
+            hypervisor: Arc::new(hypervisor),
+            env,
+            fs: Arc::new(StdFs),
+            snapshots: dir.path().join("snapshots"),
+            observer,
+        });
+        Backend { core, faults, made: Arc::default() }
+    }
+
+    fn open(
+        &self,
+        env: Arc<dyn Env>,
+        timeline: Option<Arc<Mutex<Vec<String>>>>,
+    ) -> Result<Setup, String> {
+        let dir = directory()?;
+        let observer: Arc<dyn Observer> = match timeline {
+            Some(lines) => Arc::new(Recorder::new(env.clone(), lines)),
+            None => Arc::new(NoObserver),
+        };
+        let backend = self.backend(env.clone(), observer, &dir);
+        let (faults, made) = (backend.faults.clone(), backend.made.clone());
+        let (hypervisor, host_dir) = (self.hypervisor.clone(), dir.path().to_owned());
+        Ok(Setup {
+            backend: Arc::new(backend),
+            env,
+            faults: Some(Arc::new(faults)),
+            scratch: Arc::new(|_| "/tmp".to_owned()),
+            host_dir,
+            host_fs: Arc::new(StdFs),
+            // It owns the directory, which is so removed once the run is over.
+            leftovers: Arc::new(move || {
+                let _kept = &dir;
+                let made = made.lock().unwrap_or_else(PoisonError::into_inner);
+                let left = made.iter().filter_map(|vm| {
+                    let pid = hypervisor.launcher_pid(*vm)?;
+                    Some(format!("launcher process {pid} of {vm}"))
+                });
+                left.collect()
+            }),
+            warm: None,
+        })
+    }
+}
+
+impl SharedBench {
+    fn new(host: &Host) -> Result<Self, String> {
+        let panics = PanicSink::default();
+        let runtime = real_time_runtime(&panics)?;
+        let host_dir = directory()?;
+        let env: Arc<dyn Env> = {
+            let _inside = runtime.enter();
+            Arc::new(HandleEnv::new(real_env(), runtime.handle().clone()))
+        };
+        let backend = host.backend(env.clone(), Arc::new(NoObserver), &host_dir);
+        let faults = backend.faults.clone();
+        let backend: Arc<dyn VmBackend> = Arc::new(backend);
+        let mut limits = PoolLimits::new(cores().max(2));
+        limits.booting = cores() + 1;
+        let pool = WarmPool::new(
+            backend.clone(),
+            env.clone(),
+            Arc::new(|_| "/tmp".to_owned()),
+            Arc::new(|vm| Box::pin(look(vm)) as BoxFuture<'static, Result<(), String>>),
+            limits,
+        );
+        Ok(Self { backend, env, faults, pool, panics, host_dir, _runtime: runtime })
+    }
+}
+
+/// Looks for programs in a guest that are there for nobody.
+async fn look(vm: Arc<dyn VmInstance>) -> Result<(), String> {
+    let listed = vm.exec(ExecRequest::new("sh").args(["-c", LIST_PROGRAMS])).await;
+    let listed = listed.map_err(|error| error.to_string())?;
+    match listed.stdout_text().trim() {
+        "" => Ok(()),
+        programs => Err(format!("programs run on: {}", programs.replace('\n', ", "))),
+    }
+}
+
+fn describe(fitness: Fitness) -> String {
+    let Fitness { instructions_per_second, max_vcpus, nested, slow, .. } = fitness;
+    let nested = if nested { ", on a virtual machine" } else { "" };
+    let slow = if slow { ", slow" } else { "" };
+    let millions = instructions_per_second / 1e6;
+    format!("{millions:.0} million instructions a second, up to {max_vcpus} vCPUs{nested}{slow}")
+}
+
+fn root() -> Result<PathBuf, String> {
+    let Some(root) = env::var_os(ROOT_VARIABLE).map(PathBuf::from) else {
+        return Err(format!(
+            "{ROOT_VARIABLE} is not set; it names a directory with a guest's root file system that has a shell"
+        ));
+    };
+    if !root.join("bin/sh").is_file() {
+        return Err(format!("{ROOT_VARIABLE}={}: there is no bin/sh in it", root.display()));
+    }
+    Ok(root)
+}
+
+fn directory() -> Result<TempDir, String> {
+    tempfile::tempdir().map_err(|error| format!("no directory for the run: {error}"))
+}
+
+/// The core with a note of every machine that was made.
+#[derive(Debug)]
+struct Backend {
+    core: CoreBackend,
+    faults: RealFaults,
+    made: Arc<Mutex<Vec<VmId>>>,
+}
+
+impl Backend {
+    fn note(&self, made: VmResult<Arc<dyn VmInstance>>) -> VmResult<Arc<dyn VmInstance>> {
+        if let Ok(vm) = &made {
+            self.made.lock().unwrap_or_else(PoisonError::into_inner).push(vm.id());
+            self.faults.know(vm);
+        }
+        made
+    }
+}
+
+#[async_trait]
+impl VmBackend for Backend {
+    fn name(&self) -> &str {
+        self.core.name()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.core.capabilities()
+    }
+
+    fn limits(&self) -> HostLimits {
+        self.core.limits()
+    }
+
+    async fn create(&self, config: VmConfig) -> VmResult<Arc<dyn VmInstance>> {
+        self.note(self.core.create(config).await)
+    }
+
+    async fn restore(
+        &self,
+        snapshot: &Snapshot,
+        options: RestoreOptions,
+    ) -> VmResult<Arc<dyn VmInstance>> {
+        self.note(self.core.restore(snapshot, options).await)
+    }
+
+    async fn export_snapshot(&self, snapshot: &Snapshot) -> VmResult<Bytes> {
+        self.core.export_snapshot(snapshot).await
+    }
+
+    async fn import_snapshot(&self, bytes: Bytes) -> VmResult<Snapshot> {
+        self.core.import_snapshot(bytes).await
+    }
+
+    async fn delete_snapshot(&self, snapshot: &Snapshot) -> VmResult<()> {
+        self.core.delete_snapshot(snapshot).await
+    }
+}
