@@ -256,6 +256,41 @@ fn a_read_only_disk_refuses_to_change() {
 }
 
 #[test]
+fn a_read_only_disk_in_a_writable_file_stays_as_it_is() {
+    let file = file_of(&[5; 4096]);
+    let options = BlockOptions::default().read_only(true);
+    let disk = BlockDevice::new(file.try_clone().unwrap(), &options).unwrap();
+    let mut machine = Machine::new(disk, VERSION_1 | 1 << VIRTIO_BLK_F_RO);
+    assert_eq!(machine.write(0, &[1; 512]), IOERR);
+    assert_eq!(machine.ask(VIRTIO_BLK_T_WRITE_ZEROES, 0, &range(0, 1, 0), 0, 16).0, IOERR);
+    assert_eq!(machine.read(0, 8), (OK, vec![5; 4096]));
+}
+
+#[test]
+fn a_write_is_kept_at_once_where_the_driver_cannot_flush() {
+    // This file takes every write, but the host cannot sync it.
+    for (features, expected) in [(all_features(), OK), (VERSION_1, IOERR)] {
+        let file = OpenOptions::new().read(true).write(true).open("/dev/zero").unwrap();
+        let mut disk = BlockDevice::new(file, &BlockOptions::default()).unwrap();
+        disk.pretend_sectors(8);
+        assert_eq!(Machine::new(disk, features).write(0, &[1; 512]), expected);
+    }
+}
+
+#[test]
+fn a_restored_disk_serves_what_was_announced_to_the_saved_one() {
+    let file = file_of(&[1; 4096]);
+    let mut machine = Machine::new(disk_on(&file), all_features());
+    machine.memory.write_slice(&[0; 16], GuestAddress(HEADER)).unwrap();
+    assert!(machine.guest.settle(10));
+    machine.ring.chain(0, &[reads(HEADER, 16), writes(DATA, 512), writes(STATUS, 1)]);
+    machine.ring.publish(0);
+    machine.restore(&file);
+    assert!(machine.guest.settle(10));
+    assert_eq!(machine.ring.take_used(), [(0, 513)]);
+}
+
+#[test]
 fn a_file_that_cannot_be_a_disk_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("disk");

@@ -12,7 +12,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
     fn each_buffer_is_filled_and_nothing_else(
-        lengths in prop::collection::vec(0u32..20_000, 1..6),
+        lengths in prop::collection::vec(0u32..40_000, 1..6),
         by_index: bool,
     ) {
         let memory = memory(&[(0, 0x10000), (0x10_0000, 0x40000)]).unwrap();

@@ -11,7 +11,7 @@ use std::{
     fs::File,
     time::{Duration, Instant},
 };
-use virtio_bindings::{virtio_blk::*, virtio_mmio::*};
+use virtio_bindings::{virtio_blk::*, virtio_config::VIRTIO_CONFIG_S_DRIVER_OK, virtio_mmio::*};
 use vm_memory::{Bytes, GuestAddress};
 
 const LOW: usize = 0x2_0000;
@@ -321,7 +321,10 @@ proptest! {
             && ring.descriptors.is_multiple_of(16) && inside(ring.descriptors, 16 * places)
             && ring.available.is_multiple_of(2) && inside(ring.available, 6 + 2 * places)
             && ring.used.is_multiple_of(4) && inside(ring.used, 6 + 8 * places);
-        prop_assert_eq!(guest.start(features, &[&ring]), good);
+        prop_assert!(guest.negotiate(features));
+        prop_assert_eq!(guest.set_up(0, &ring), good);
+        guest.add_status(VIRTIO_CONFIG_S_DRIVER_OK);
+        prop_assert_eq!(guest.transport.active(), good);
         for _ in 0..notifications {
             let started = Instant::now();
             guest.notify(0);
@@ -363,7 +366,10 @@ proptest! {
             "order" => drop(ring.chain(9, &[header, writes(0x7000, 512), reads(0x6000, 512)])),
             "outside memory" => drop(ring.chain(9, &[header, reads(LOW as u64 - 1, 2)])),
             "wraps" => drop(ring.chain(9, &[header, writes(u64::MAX, 2)])),
-            "indirect" => ring.descriptor(9, 0x5000, 16, INDIRECT, 0),
+            "indirect" => {
+                ring.descriptor(9, 0x5000, 16, NEXT, 10);
+                ring.descriptor(10, 0x5110, 1, WRITE | INDIRECT, 0);
+            }
             "no status" => drop(ring.chain(9, &[header, reads(0x6000, 512)])),
             "no header" => drop(ring.chain(9, &[reads(0x5000, 15), writes(0x7000, 513)])),
             "too long" => drop(ring.chain(9, &[header, writes(0, u32::MAX), writes(0, 512)])),

@@ -71,6 +71,27 @@ fn status_bits_come_in_order_and_stay() {
 }
 
 #[test]
+fn a_ready_driver_that_says_so_again_changes_nothing() {
+    let (_, mut guest, mut ring) = entropy();
+    assert!(guest.start(VERSION_1, &[&ring]));
+    for _ in 0..3 {
+        assert_eq!(ask(&mut guest, &mut ring, &[writes(0x8000, 8)]), [(0, 8)]);
+        let (status, state) = (guest.status(), guest.transport.save());
+        guest.write(VIRTIO_MMIO_STATUS, status);
+        assert_eq!(guest.transport.save(), state);
+    }
+}
+
+#[test]
+fn features_stay_as_they_were_agreed() {
+    let (_, mut guest, _) = entropy();
+    assert!(guest.negotiate(VERSION_1));
+    guest.write(VIRTIO_MMIO_DRIVER_FEATURES_SEL, 0);
+    guest.write(VIRTIO_MMIO_DRIVER_FEATURES, u32::MAX);
+    assert_eq!(guest.transport.save().unwrap().driver_features, VERSION_1);
+}
+
+#[test]
 fn a_driver_that_gives_up_stops_the_device_until_a_reset() {
     let (memory, mut guest, mut ring) = entropy();
     assert!(guest.start(VERSION_1, &[&ring]));
