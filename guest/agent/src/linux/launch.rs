@@ -231,6 +231,8 @@ fn end_descendants() -> io::Result<()> {
         os.signal_all(9);
         os.reap();
         if !os.has_processes() {
+            // Those that ended since they were last looked for would be left to somebody else.
+            os.reap();
             return Ok(());
         }
         thread::sleep(LAST_PAUSE);

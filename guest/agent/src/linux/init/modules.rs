@@ -2,7 +2,10 @@
 
 use super::Failed;
 use rustix::io::Errno;
-use std::{ffi::CString, fs::File, path::Path};
+use std::{ffi::CString, fs, io, path::Path};
+
+/// What stands behind a module's signature.
+const MARKER: &[u8] = b"~Module signature appended~\n";
 
 /// Loads modules in order, each with its parameters from the kernel's command line.
 pub(super) fn load_all(paths: &[String], command_line: &str) -> Result<(), Failed> {
@@ -14,14 +17,39 @@ pub(super) fn load_all(paths: &[String], command_line: &str) -> Result<(), Faile
     Ok(())
 }
 
-fn load(path: &str, arguments: &str) -> std::io::Result<()> {
-    let file = File::open(path)?;
+fn load(path: &str, arguments: &str) -> io::Result<()> {
+    let module = fs::read(path)?;
     let arguments = CString::new(arguments)?;
-    match rustix::system::finit_module(&file, &arguments, 0) {
+    let loaded = match rustix::system::init_module(without_signature(&module), &arguments) {
+        // How a kernel that insists on signatures refuses.
+        Err(Errno::KEYREJECTED | Errno::NOKEY | Errno::PERM) => {
+            rustix::system::init_module(&module, &arguments)
+        }
+        other => other,
+    };
+    match loaded {
         // It is loaded, or part of the kernel.
         Ok(()) | Err(Errno::EXIST) => Ok(()),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Leaves a module's signature out, if it has one.
+///
+/// Checking it is most of what loading costs, millions of instructions for each module, and proves nothing here: the
+/// module, the kernel and this program come from the same host. A kernel notes that unsigned modules were loaded as a
+/// taint. The layout is that of `struct module_signature` (include/linux/module_signature.h): the signature, 12 bytes
+/// of which the last four are its length, and a marker.
+fn without_signature(module: &[u8]) -> &[u8] {
+    let Some((rest, length)) = module
+        .strip_suffix(MARKER)
+        .and_then(|rest| rest.split_last_chunk::<12>())
+        .and_then(|(rest, info)| Some((rest, info.last_chunk::<4>()?)))
+    else {
+        return module;
+    };
+    let length = usize::try_from(u32::from_be_bytes(*length)).unwrap_or(usize::MAX);
+    rest.len().checked_sub(length).map_or(module, |end| &rest[..end])
 }
 
 /// Gives a module's name as the kernel has it.
@@ -90,7 +118,24 @@ mod tests {
         assert_eq!(arguments_of("m.ko", "m.a=1 -- m.b=2"), "a=1");
     }
 
+    #[test]
+    fn a_signature_that_is_longer_than_its_module_is_none() {
+        let module = [&[1, 2, 3][..], &[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 4], MARKER].concat();
+        assert_eq!(without_signature(&module), module);
+    }
+
     proptest! {
+        #[test]
+        fn signatures_are_left_out(
+            module in vec(any::<u8>(), 0..100),
+            signature in vec(any::<u8>(), 0..100),
+        ) {
+            let length = u32::try_from(signature.len()).unwrap().to_be_bytes();
+            let signed = [&module, &signature, &[9; 8][..], &length, MARKER].concat();
+            prop_assert_eq!(without_signature(&signed), &module);
+            prop_assert_eq!(without_signature(&module), &module);
+        }
+
         #[test]
         fn any_line_is_survived(line in "[a.\"= -]{0,40}|\\PC{0,60}") {
             for (module, argument) in parameters(&line) {
