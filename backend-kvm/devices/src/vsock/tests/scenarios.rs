@@ -362,6 +362,21 @@ fn packets_that_make_no_sense_reset_their_connection_alone() {
 }
 
 #[test]
+fn no_buffer_is_lost_over_many_small_messages() {
+    let mut vsock = vsock();
+    let (mut host, port) = vsock.connected(9);
+    for number in 0..200u32 {
+        let message = number.to_le_bytes();
+        host.write_all(&message).unwrap();
+        let (header, data) = vsock.receive().expect("a packet for each message");
+        assert_eq!((header.op, &data[..]), (op::RW, &message[..]));
+        let mut update = packet(op::CREDIT_UPDATE, port, 9);
+        update.fwd_cnt = 4 * (number + 1);
+        vsock.send(update, &[]);
+    }
+}
+
+#[test]
 fn turns_are_fair_when_the_guest_has_few_buffers() {
     let mut vsock = vsock();
     let (mut bulk, _) = vsock.connected(1);
