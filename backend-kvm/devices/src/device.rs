@@ -18,9 +18,8 @@ pub trait Interrupt: Send + Sync + fmt::Debug {
 
 /// A virtio device behind a transport (virtio 1.2, section 2). One thread at a time uses it.
 ///
-/// Of the methods below [`activate`](Self::activate), no call blocks for longer than the host's own input and output
-/// does, and each does a bounded amount of work: what is left is announced through
-/// [`host_events`](Self::host_events).
+/// Each call does a bounded amount of work and blocks no longer than the host's own input and output does; what is left
+/// is announced through [`host_events`](Self::host_events).
 ///
 /// A device that broke is [`reset`](Self::reset) at once by the transport, and not called any more until the driver has
 /// reset it too and activates it again. The same holds for one whose driver gave up (status `FAILED`).

@@ -322,8 +322,7 @@ impl MmioTransport {
     }
 
     /// A queue becomes ready only where its size is allowed and its rings are aligned and in memory: otherwise the
-    /// driver reads back that it is not. One that is taken away from a running device leaves that without the driver's
-    /// consent to anything, so it stops.
+    /// driver reads back that it is not. A running device cannot do without a queue, so taking one away breaks it.
     fn set_queue_ready(&mut self, value: u32) {
         let setting_up = self.setting_up();
         let active = self.active();
