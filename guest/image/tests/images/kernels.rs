@@ -58,7 +58,7 @@ fn other_files_are_named_for_what_they_are() {
         let (_directory, path) = file(&content);
         match Kernel::open(&path) {
             Err(KernelError::NotAKernel { found, path: named }) => {
-                assert_eq!((found.as_str(), named), (expected, path))
+                assert_eq!((found.as_str(), named), (expected, path));
             }
             other => panic!("{expected}: {other:?}"),
         }
@@ -138,7 +138,7 @@ fn payloads_that_cannot_be_unpacked_are_refused() {
         let (_directory, path) = file(&bzimage(payload));
         match Kernel::open(&path).expect("opens").elf() {
             Err(KernelError::Payload { reason, .. }) => {
-                assert!(reason.contains(expected), "{reason}")
+                assert!(reason.contains(expected), "{reason}");
             }
             other => panic!("{expected}: {other:?}"),
         }
