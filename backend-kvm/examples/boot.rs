@@ -8,7 +8,7 @@
 //! goes on, and is shown for as long again.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
-#[path = "../tests/owner/mod.rs"]
+#[path = "../tests/launcher/owner/mod.rs"]
 mod owner;
 
 use owner::{Owner, Parts};
@@ -54,7 +54,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let made = start.elapsed();
     owner.ask(Request::Boot)?;
     let booted = start.elapsed();
-    let mut shown = Shown { parts: &parts, start, seen: 0 };
+    let mut shown = Shown { parts: &parts, start, seen: 0, at_start: true };
     let ended = shown.until(options.until.as_deref(), &mut owner);
     let total = start.elapsed();
     if let (Some(seconds), None) = (options.pause, &ended) {
@@ -114,6 +114,7 @@ struct Shown<'a> {
     parts: &'a Parts,
     start: Instant,
     seen: u64,
+    at_start: bool,
 }
 
 impl Shown<'_> {
@@ -123,8 +124,13 @@ impl Shown<'_> {
         let new = usize::try_from(count - self.seen).unwrap_or(usize::MAX).min(bytes.len());
         self.seen = count;
         let text = String::from_utf8_lossy(&bytes[bytes.len() - new..]).into_owned();
-        let stamp = format!("\n{:8.3} | ", self.start.elapsed().as_secs_f64());
-        print!("{}", text.replace('\n', &stamp));
+        for line in text.split_inclusive('\n') {
+            if self.at_start {
+                print!("{:8.3} | ", self.start.elapsed().as_secs_f64());
+            }
+            print!("{line}");
+            self.at_start = line.ends_with('\n');
+        }
         let _ = std::io::stdout().flush();
         text
     }

@@ -2,6 +2,8 @@
 //! VMM with.
 #![allow(dead_code)]
 
+pub(crate) mod payload;
+
 use command_fds::{CommandFdExt, FdMapping};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
