@@ -83,6 +83,56 @@ impl BootConfig {
     /// # Errors
     /// [`BadBootConfig`].
     pub fn decode(bytes: &[u8]) -> Result<Self, BadBootConfig> {
-        postcard::from_bytes(bytes).map_err(|error| BadBootConfig(error.to_string()))
+        match postcard::take_from_bytes(bytes) {
+            Ok((config, [])) => Ok(config),
+            Ok((_, rest)) => Err(BadBootConfig(format!("{} bytes too many", rest.len()))),
+            Err(error) => Err(BadBootConfig(error.to_string())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::{collection::vec, prelude::*};
+
+    prop_compose! {
+        fn config()(
+            hostname in ".{0,20}",
+            modules in vec("/[a-z/.]{0,30}", 0..5),
+            disk in any::<Option<String>>(),
+            read_only: bool,
+            disks in vec((".{0,20}", "/[a-z/]{0,20}", any::<bool>()), 0..4),
+        ) -> BootConfig {
+            let root = match disk {
+                Some(serial) => BootRoot::Disk { serial, read_only },
+                None => BootRoot::Initial { read_only },
+            };
+            let disks = disks
+                .into_iter()
+                .map(|(serial, mount, read_only)| BootDisk { serial, mount, read_only })
+                .collect();
+            BootConfig { hostname, modules, root, disks }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read_back(config in config()) {
+            prop_assert_eq!(BootConfig::decode(&config.encode()), Ok(config));
+        }
+
+        #[test]
+        fn no_part_of_it_and_nothing_longer_is_taken_for_it(config in config(), at: prop::sample::Index) {
+            let mut bytes = config.encode();
+            prop_assert!(BootConfig::decode(&bytes[..at.index(bytes.len())]).is_err());
+            bytes.push(0);
+            prop_assert!(BootConfig::decode(&bytes).is_err());
+        }
+
+        #[test]
+        fn any_bytes_are_survived(bytes in vec(any::<u8>(), 0..200)) {
+            let _ = BootConfig::decode(&bytes);
+        }
     }
 }

@@ -160,6 +160,14 @@ pub(super) fn add_entropy(random: BorrowedFd<'_>, entropy: &[u8; 32]) -> SysResu
     check(unsafe { libc::ioctl(fd, RESEED as _) })
 }
 
+// Numbers of the C library in the types that its structures have them in.
+#[allow(clippy::cast_possible_truncation)]
+const VSOCK_FAMILY: libc::sa_family_t = libc::AF_VSOCK as libc::sa_family_t;
+#[allow(clippy::cast_possible_truncation)]
+const VSOCK_ADDRESS_SIZE: libc::socklen_t = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
+#[allow(clippy::cast_possible_truncation)]
+const INTERFACE_UP: libc::c_short = libc::IFF_UP as libc::c_short;
+
 /// Binds a vsock socket to a port on every address of this machine.
 pub(super) fn vsock_bind(socket: BorrowedFd<'_>, port: u32) -> io::Result<()> {
     let (address, length) = vsock_address(libc::VMADDR_CID_ANY, port);
@@ -179,10 +187,10 @@ pub(super) fn vsock_connect(socket: BorrowedFd<'_>, cid: u32, port: u32) -> io::
 fn vsock_address(cid: u32, port: u32) -> (libc::sockaddr_vm, libc::socklen_t) {
     // SAFETY: sockaddr_vm is plain data, for which all zeroes is a value.
     let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
-    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+    address.svm_family = VSOCK_FAMILY;
     address.svm_cid = cid;
     address.svm_port = port;
-    (address, size_of::<libc::sockaddr_vm>() as libc::socklen_t)
+    (address, VSOCK_ADDRESS_SIZE)
 }
 
 /// Turns a network interface on.
@@ -208,7 +216,7 @@ pub(super) fn set_interface_up(name: &str) -> io::Result<()> {
     checked(unsafe { libc::ioctl(fd, libc::SIOCGIFFLAGS, &raw mut request) })?;
     // SAFETY: the kernel has filled the flags, which are a plain number.
     let flags = unsafe { request.ifr_ifru.ifru_flags };
-    request.ifr_ifru.ifru_flags = flags | libc::IFF_UP as libc::c_short;
+    request.ifr_ifru.ifru_flags = flags | INTERFACE_UP;
     // SAFETY: the request reads name and flags in `request`.
     checked(unsafe { libc::ioctl(fd, libc::SIOCSIFFLAGS, &raw const request) })
 }

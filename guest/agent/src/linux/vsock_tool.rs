@@ -388,7 +388,7 @@ mod tests {
         #[test]
         fn every_byte_arrives_both_ways(there in 0..400_000_usize, back in 0..400_000_usize, seed: u8) {
             let pattern = |len: usize, seed: u8| -> Vec<u8> {
-                (0..len).map(|at| (at % 251) as u8 ^ seed).collect()
+                (0..=250_u8).cycle().take(len).map(|it| it ^ seed).collect()
             };
             let (there, back) = (pattern(there, seed), pattern(back, !seed));
             let (mut peer, mut writer, reader, worker) = relaying();
