@@ -1,11 +1,11 @@
-//! The ACPI tables: processors, interrupt controllers, and registers to sleep and to reset by.
+//! The ACPI tables: processors, interrupt controllers, virtio devices, and registers to sleep and to reset by.
 //!
 //! There is no SMI command port, so the machine is always in ACPI mode (ACPI 6.5, section 4.8.3).
 
-use super::place;
+use super::{Announced, place};
 use crate::control::Refusal;
 use crate::vmm::{
-    layout::{ACPI, ACPI_END, IO_APIC, LOCAL_APIC, SCI_LINE},
+    layout::{ACPI, ACPI_END, DEVICE_STEP, IO_APIC, LOCAL_APIC, SCI_LINE},
     ports::{KEYBOARD_COMMAND, KEYBOARD_RESET},
     refuse::config,
 };
@@ -39,7 +39,7 @@ const REVISION: u32 = 1;
 ///
 /// # Errors
 /// Never with memory of the least size; [`Refusal::Config`] otherwise.
-pub(super) fn write(vcpus: u8, memory: &Memory) -> Result<u64, Refusal> {
+pub(super) fn write(vcpus: u8, devices: &[Announced], memory: &Memory) -> Result<u64, Refusal> {
     // The root pointer comes first, where it is searched for.
     let mut next = ACPI + 64;
     let mut put = |table: &dyn Aml, align: u64| {
@@ -53,7 +53,7 @@ pub(super) fn write(vcpus: u8, memory: &Memory) -> Result<u64, Refusal> {
         place(memory, at, &bytes).map(|()| at)
     };
     let facs = put(&FACS::new(), 64)?;
-    let dsdt = put(&dsdt(), 16)?;
+    let dsdt = put(&dsdt(devices)?, 16)?;
     let fadt = put(&fadt(facs, dsdt).finalize(), 16)?;
     let madt = put(&madt(vcpus), 16)?;
     let mut xsdt = XSDT::new(OEM, TABLE, REVISION);
@@ -66,14 +66,35 @@ pub(super) fn write(vcpus: u8, memory: &Memory) -> Result<u64, Refusal> {
     Ok(ACPI)
 }
 
-/// The one object that Linux needs: how to power off.
-fn dsdt() -> Sdt {
+/// How to power off, and the virtio devices by the identifier that Linux's virtio-mmio driver knows them by: not every
+/// kernel looks for them on its command line.
+fn dsdt(devices: &[Announced]) -> Result<Sdt, Refusal> {
     let sleep: Vec<&dyn Aml> = vec![&SLEEP_TYPE_OFF, &aml::ZERO, &aml::ZERO, &aml::ZERO];
     let mut code = Vec::new();
     Name::new(Path::new("_S5_"), &Package::new(sleep)).to_aml_bytes(&mut code);
+    let mut bus = Vec::new();
+    for (number, device) in (0_u8..).zip(devices) {
+        put_device(number, device, &mut bus)?;
+    }
+    code.extend(aml::Scope::raw(Path::new("_SB_"), bus));
     let mut table = Sdt::new(*b"DSDT", 36, 2, OEM, TABLE, REVISION);
     table.append_slice(&code);
-    table
+    Ok(table)
+}
+
+fn put_device(number: u8, device: &Announced, bus: &mut Vec<u8>) -> Result<(), Refusal> {
+    let fits = |value: u64| {
+        u32::try_from(value).map_err(|_| config("disks", "a device does not fit below 4 GiB"))
+    };
+    let registers = aml::Memory32Fixed::new(true, fits(device.address)?, fits(DEVICE_STEP)?);
+    let line = aml::Interrupt::new(true, true, false, true, device.line);
+    let hid = Name::new(Path::new("_HID"), &"LNRO0005");
+    let uid = Name::new(Path::new("_UID"), &number);
+    let resources = aml::ResourceTemplate::new(vec![&registers, &line]);
+    let resources = Name::new(Path::new("_CRS"), &resources);
+    let path = Path::new(&format!("V{number:03}"));
+    aml::Device::new(path, vec![&hid, &uid, &resources]).to_aml_bytes(bus);
+    Ok(())
 }
 
 fn fadt(facs: u64, dsdt: u64) -> FADTBuilder {

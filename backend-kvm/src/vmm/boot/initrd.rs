@@ -46,8 +46,7 @@ pub(super) fn load(
     let low = memory.iter().next().map_or(0, |region| region.len());
     let top = low.min(highest.saturating_add(1));
     let start = top.checked_sub(total).map(|start| start & !0xfff);
-    let (Some(start), Ok(len)) =
-        (start.filter(|&start| start >= kernel_end), u32::try_from(total))
+    let (Some(start), Ok(len)) = (start.filter(|&start| start >= kernel_end), u32::try_from(total))
     else {
         return Err(config(
             "memory_mib",

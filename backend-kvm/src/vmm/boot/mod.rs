@@ -42,7 +42,7 @@ pub(super) fn prepare(memory: &Memory, source: &BootSource<'_>) -> Result<u64, R
     let initrd = initrd::load(source.initrd, memory, kernel.end, kernel.initrd_max)?;
     let words = cmdline::write(source.cmdline, source.devices, kernel.cmdline_max, memory)?;
     mp_table::write(source.vcpus, memory)?;
-    let rsdp = acpi::write(source.vcpus, memory)?;
+    let rsdp = acpi::write(source.vcpus, source.devices, memory)?;
     zero_page::write(memory, &kernel, initrd, words, rsdp)?;
     Ok(kernel.entry)
 }

@@ -54,8 +54,11 @@ pub(super) fn write(
 }
 
 fn memory_map(memory: &Memory) -> Vec<boot_e820_entry> {
-    let entry =
-        |start: u64, end: u64, kind| boot_e820_entry { addr: start, size: end - start, r#type: kind };
+    let entry = |start: u64, end: u64, kind| boot_e820_entry {
+        addr: start,
+        size: end - start,
+        r#type: kind,
+    };
     let mut map = vec![
         entry(0, MP_TABLE, RAM),
         entry(MP_TABLE, BASE_MEMORY_END, RESERVED),
