@@ -12,7 +12,7 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
-use vm_guest_agent::linux::{launch, proc_table};
+use vm_guest_agent::linux::{launch, proc_table, vsock_tool};
 use vm_guest_protocol::{
     Channel, DEFAULT_WINDOW, Decoder, EntryKind, ExecSpec, Frame, GuestError, Hello, MAX_DATA,
     PROTOCOL_VERSION, ProcessExit, Reply, Request, StreamId, TermSize, encode,
@@ -469,4 +469,23 @@ fn a_bad_command_line_is_explained() {
         .unwrap();
     assert_eq!(output.status.code(), Some(i32::from(launch::EXIT_SETUP)));
     assert!(!output.stderr.is_empty());
+}
+
+#[test]
+fn the_binary_called_vsock_is_that_tool() {
+    let dir = tempfile::tempdir().unwrap();
+    let tool = dir.path().join(vsock_tool::NAME);
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_vm-guest-agent"), &tool).unwrap();
+    for (arguments, code, said) in [
+        (&[][..], 2, vsock_tool::USAGE),
+        (&["connect", "port"], 2, vsock_tool::USAGE),
+        (&["listen", "--echo"], 2, vsock_tool::USAGE),
+        // Whatever the machine has, no host listens there.
+        (&["connect", "4294967290"], 1, "port 4294967290: "),
+    ] {
+        let output = Command::new(&tool).args(arguments).output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}");
+        assert!(String::from_utf8(output.stderr).unwrap().contains(said));
+        assert!(output.stdout.is_empty());
+    }
 }
