@@ -56,6 +56,8 @@ pub struct StageTimes {
     pub vm_setup: Option<Duration>,
     /// From the order to boot until the guest's first process ran.
     pub kernel_to_init: Option<Duration>,
+    /// When that was, on the host's monotonic clock.
+    pub init_at: Option<Duration>,
     /// From there until the agent listened.
     pub init_to_listening: Option<Duration>,
 }
@@ -89,7 +91,6 @@ struct State {
     over: bool,
     stages: StageTimes,
     boot_ordered: Option<Duration>,
-    init_at: Option<Duration>,
 }
 
 /// An answer that somebody waits for.
@@ -462,12 +463,12 @@ impl State {
     }
 
     fn mark(&mut self, mark: u8, at: Duration) {
-        if mark == BootMark::Init as u8 && self.init_at.is_none() {
-            self.init_at = Some(at);
+        if mark == BootMark::Init as u8 && self.stages.init_at.is_none() {
+            self.stages.init_at = Some(at);
             self.stages.kernel_to_init =
                 self.boot_ordered.map(|ordered| at.saturating_sub(ordered));
         } else if mark == BootMark::Listening as u8 && self.stages.init_to_listening.is_none() {
-            self.stages.init_to_listening = self.init_at.map(|init| at.saturating_sub(init));
+            self.stages.init_to_listening = self.stages.init_at.map(|init| at.saturating_sub(init));
         }
     }
 }

@@ -1,4 +1,5 @@
-//! Measuring the simulator: throughput, memory and determinism of its scenarios, on one thread.
+//! Measuring the simulator: throughput, memory and determinism of its scenarios, on one thread. Machines of KVM are
+//! measured in [`kvm`].
 
 use crate::environment::Environment;
 use serde::Serialize;
@@ -7,6 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 use vm_sim::scenario::{self, Mismatch, Outcome};
+
+pub mod kvm;
 
 /// How many operations a scenario has.
 pub const OPERATIONS: u32 = 50;

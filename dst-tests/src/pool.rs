@@ -15,7 +15,9 @@ use std::{
 };
 use tokio::runtime::Handle;
 use vm_core::env::Env;
-use vm_trait::{Capability, RemoveOptions, VmBackend, VmConfig, VmInstance, VmResult, VmState};
+use vm_trait::{
+    Capability, ExecRequest, RemoveOptions, VmBackend, VmConfig, VmInstance, VmResult, VmState,
+};
 
 /// How long programs of a clause that has ended may take to be gone.
 const SETTLING: Duration = Duration::from_secs(10);
@@ -171,8 +173,7 @@ impl Shared {
             state => return Err(format!("it is {state}")),
         }
         let processes = vm.processes().await.map_err(|error| error.to_string())?;
-        let running: Vec<_> =
-            processes.iter().filter(|process| process.status.is_none()).collect();
+        let running: Vec<_> = processes.iter().filter(|process| process.status.is_none()).collect();
         if !running.is_empty() {
             return Err(format!("programs run on: {running:?}"));
         }
@@ -184,13 +185,21 @@ impl Shared {
             return Ok(());
         }
         let scratch = (self.scratch)(&**vm);
-        let entries = vm.list_dir(&scratch).await;
-        for entry in entries.map_err(|error| error.to_string())? {
+        let left = vm.list_dir(&scratch).await.map_err(|error| error.to_string())?;
+        let mut stubborn = false;
+        for entry in left {
             let path = format!("{scratch}/{}", entry.name);
-            let removed = vm.remove(&path, RemoveOptions { recursive: true }).await;
-            removed.map_err(|error| format!("{path} cannot be removed: {error}"))?;
+            stubborn |= vm.remove(&path, RemoveOptions { recursive: true }).await.is_err();
         }
-        Ok(())
+        if !stubborn {
+            return Ok(());
+        }
+        // Names that are not UTF-8 can only be removed by programs.
+        let script = "cd \"$1\" && rm -rf -- * .[!.]* ..?*";
+        let request = ExecRequest::new("sh").args(["-c", script, "sh", &scratch]);
+        vm.exec(request).await.map_err(|error| error.to_string())?;
+        let left = vm.list_dir(&scratch).await.map_err(|error| error.to_string())?;
+        if left.is_empty() { Ok(()) } else { Err(format!("{scratch} cannot be cleared: {left:?}")) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Machines> {
@@ -244,5 +253,62 @@ impl Env for HandleEnv {
 
     fn fill_random(&self, bytes: &mut [u8]) {
         self.inner.fill_random(bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_sim::SimBackend;
+    use vm_trait::{VmInstanceExt, WriteOptions};
+
+    fn pool() -> (WarmPool, SimBackend) {
+        let backend = SimBackend::builder().seed(7).build().unwrap();
+        let pool = WarmPool::new(
+            Arc::new(backend.clone()),
+            backend.env(),
+            Arc::new(|_| "/tmp".to_owned()),
+            Arc::new(|_| Box::pin(async { Ok(()) })),
+            PoolLimits::new(2),
+        );
+        (pool, backend)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn machines_are_ready_cleared_and_used_again() {
+        let (pool, backend) = pool();
+        let vm = pool.take().await.unwrap();
+        vm.write_file("/tmp/left", "x".into(), WriteOptions::default()).await.unwrap();
+        vm.sh("mkdir -p /tmp/a/b; echo x >/tmp/a/b/c").await.unwrap();
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert_eq!(pool.shared.lock().ready.len(), 2, "booted ahead");
+        let (id, other) = (vm.id(), pool.take().await.unwrap());
+        pool.give_back(vm).await.unwrap();
+        let mut again = Vec::new();
+        for _ in 0..2 {
+            again.push(pool.take().await.unwrap());
+        }
+        let again = again.into_iter().find(|vm| vm.id() == id).expect("it is used again");
+        assert!(again.list_dir("/tmp").await.unwrap().is_empty());
+        drop((other, again));
+        pool.close();
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert!(backend.ledger().leftovers().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn unclean_machines_are_refused() {
+        let (pool, _backend) = pool();
+        let paused = pool.take().await.unwrap();
+        paused.pause().await.unwrap();
+        assert!(pool.give_back(paused).await.unwrap_err().contains("paused"));
+        let busy = pool.take().await.unwrap();
+        let program = busy.spawn(ExecRequest::new("sleep").arg("1000")).await.unwrap();
+        assert!(pool.give_back(busy.clone()).await.unwrap_err().contains("sleep"));
+        drop(program);
+        pool.give_back(busy).await.unwrap();
+        let dead = pool.take().await.unwrap();
+        dead.kill().await.unwrap();
+        assert!(pool.give_back(dead).await.is_err());
     }
 }

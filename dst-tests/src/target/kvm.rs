@@ -41,7 +41,7 @@ use vm_trait::{
 };
 
 /// The variable that names a directory with a guest's root file system.
-pub const ROOT_VARIABLE: &str = "TWINVM_ROOT";
+const ROOT_VARIABLE: &str = "TWINVM_ROOT";
 
 /// How long a run may take; under software emulation a single boot takes many seconds.
 const LIMITS: Limits =
@@ -56,7 +56,7 @@ const LIST_PROGRAMS: &str = "for p in /proc/[0-9]*; do n=${p#/proc/}; [ $n = 1 ]
 /// Clauses that [share machines](Clause::shares_machine) have them from a pool. The others have machines of their own;
 /// all of them share kernels and initial file systems, which are prepared once.
 ///
-/// Machines whose configuration names no root have the directory that [`ROOT_VARIABLE`] names, because most clauses need
+/// Machines whose configuration names no root have the directory that `TWINVM_ROOT` names, because most clauses need
 /// a shell. The program that uses it should call [`vm_backend_kvm::run_launcher_if_asked`] first in `main`.
 #[derive(Debug, Default)]
 pub struct KvmTarget {
@@ -124,6 +124,14 @@ impl KvmTarget {
         );
         line("root", root().map(|root| root.display().to_string()));
         lines
+    }
+
+    /// Gives the hypervisor and the root directory, where machines can run here.
+    ///
+    /// # Errors
+    /// Why they cannot.
+    pub fn parts(&self) -> Result<(Arc<KvmHypervisor>, PathBuf), String> {
+        self.host().map(|host| (host.hypervisor.clone(), host.root.clone()))
     }
 
     fn host(&self) -> Result<&Host, String> {
@@ -212,7 +220,9 @@ impl Target for KvmTarget {
 
     fn replay_line(&self, clause: &Clause, seed: u64) -> String {
         let id = clause.id;
-        format!("cargo run --release -p vm-dst -- replay --seed {seed:#x} --clause {id} --backend kvm")
+        format!(
+            "cargo run --release -p vm-dst -- replay --seed {seed:#x} --clause {id} --backend kvm"
+        )
     }
 
     fn run(&self, clause: &'static Clause, seed: u64, detail: Detail) -> RunReport {

@@ -144,7 +144,8 @@ impl RealFaults {
         }
         let panic = async move {
             // It has no end that could be told.
-            let _ = vm.exec(ExecRequest::new("sh").args(["-c", "echo c >/proc/sysrq-trigger"])).await;
+            let _ =
+                vm.exec(ExecRequest::new("sh").args(["-c", "echo c >/proc/sysrq-trigger"])).await;
         };
         self.env.spawn("fault", Box::pin(panic));
         true

@@ -1,15 +1,27 @@
 //! `vmdst bench`.
 
-use crate::{FAILED, Problem, any_number, print, write_json};
+use crate::{Backend, FAILED, Problem, any_number, print, write_json};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{fmt::Write, path::PathBuf};
 use vm_dst::{
-    bench::{Bench, Measured},
+    bench::{
+        Bench, Measured,
+        kvm::{KvmBench, KvmMeasured},
+    },
     environment::Environment,
 };
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
+    /// What to measure: the simulator or machines of KVM
+    #[arg(long, value_enum, default_value_t = Backend::Sim)]
+    backend: Backend,
+    /// How many boots of machines of KVM
+    #[arg(long, value_name = "N", default_value = "5", value_parser = any_number)]
+    boots: u64,
+    /// How many machines of KVM to make, start and kill, to look for what they leave
+    #[arg(long, value_name = "N", default_value = "20", value_parser = any_number)]
+    cycles: u64,
     /// How many seeds of the scenario of mixed operations
     #[arg(long, value_name = "N", default_value = "10000", value_parser = any_number)]
     seeds: u64,
@@ -28,7 +40,14 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<u8, Problem> {
-    let Arguments { seeds, idle_seeds, twice, env, json } = arguments;
+    match arguments.backend {
+        Backend::Sim => {}
+        Backend::Kvm => return run_kvm(arguments),
+        Backend::Process => {
+            return Err(Problem::usage("there is nothing to measure of the process backend"));
+        }
+    }
+    let Arguments { seeds, idle_seeds, twice, env, json, .. } = arguments;
     let environment = match env {
         Some(environment) => environment.available().map(|()| *environment),
         None => Environment::from_env(),
@@ -42,10 +61,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8, Problem> {
         return Err(Problem::usage("that many seeds take years"));
     }
     print(&format!("environment: {}\n", environment.describe()))?;
-    let bar = ProgressBar::new(1000);
-    if let Ok(style) = ProgressStyle::with_template("{bar:40} {percent}%, {eta} left") {
-        bar.set_style(style);
-    }
+    let bar = progress_bar();
     let bench = Bench { environment, seeds: *seeds, idle_seeds: *idle_seeds, twice: *twice };
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of 1000")]
     let measured = bench.run(&mut |share| bar.set_position((share * 1000.0) as u64));
@@ -56,6 +72,65 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8, Problem> {
     }
     print(&text(&measured))?;
     Ok(if measured.differing_fingerprints == 0 { 0 } else { FAILED })
+}
+
+fn run_kvm(arguments: &Arguments) -> Result<u8, Problem> {
+    let few = |what: &str, count: u64| {
+        u32::try_from(count)
+            .ok()
+            .filter(|count| *count <= 100_000)
+            .ok_or_else(|| Problem::usage(format!("--{what}: at most 100000")))
+    };
+    let (boots, cycles) = (few("boots", arguments.boots)?, few("cycles", arguments.cycles)?);
+    if boots == 0 {
+        return Err(Problem::usage("at least 1 boot is needed"));
+    }
+    let bar = progress_bar();
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of 1000")]
+    let measured =
+        KvmBench { boots, cycles }.run(&mut |share| bar.set_position((share * 1000.0) as u64));
+    bar.finish_and_clear();
+    let measured = measured.map_err(Problem::failed)?;
+    if let Some(path) = &arguments.json {
+        write_json(path, &measured)?;
+    }
+    print(&kvm_text(&measured))?;
+    Ok(if measured.left_over.is_empty() { 0 } else { FAILED })
+}
+
+fn kvm_text(measured: &KvmMeasured) -> String {
+    let mut text = format!("machines of KVM, medians of {} boots\n", measured.boots);
+    let mut line = |what: &str, value: String| {
+        let _ = writeln!(text, "  {what:32} {value}");
+    };
+    for stage in KvmBench::STAGES {
+        let took = measured.stages_ms.get(stage).copied().unwrap_or(f64::NAN);
+        line(stage, format!("{took:.1} ms"));
+    }
+    line("start to ready", format!("{:.1} ms", measured.start_ms));
+    line("first_exec", format!("{:.1} ms", measured.first_exec_ms));
+    line("exec_round_trip", format!("{:.0} us", measured.exec_round_trip_us));
+    line("ping", format!("{:.0} us", measured.ping_us));
+    line("exec over ping", format!("{:.1}", measured.exec_over_ping));
+    let resident = measured.vmm_resident_kib;
+    line(
+        "VMM memory beside the guest's",
+        resident.map_or_else(|| "unknown".to_owned(), |kib| format!("{kib:.0} KiB")),
+    );
+    let left = match measured.left_over.is_empty() {
+        true => "nothing".to_owned(),
+        false => measured.left_over.join(", "),
+    };
+    line(&format!("left by {} cycles", measured.cycles), left);
+    text
+}
+
+fn progress_bar() -> ProgressBar {
+    let bar = ProgressBar::new(1000);
+    if let Ok(style) = ProgressStyle::with_template("{bar:40} {percent}%, {eta} left") {
+        bar.set_style(style);
+    }
+    bar
 }
 
 fn text(measured: &Measured) -> String {

@@ -30,8 +30,17 @@ pub(crate) fn run() -> Result<u8, Problem> {
         let _ = writeln!(text, "{mark} {:8} {state}", environment.name());
     }
     text += "\nvariables\n";
-    for name in ["DST_SEED", "DST_SEEDS", "DST_ENV", "REQUIRE_BACKENDS", "TWINVM_KVM_LAUNCHER", "TWINVM_KERNEL",
-        "TWINVM_MODULES", "TWINVM_ROOT", "RUSTFLAGS"] {
+    for name in [
+        "DST_SEED",
+        "DST_SEEDS",
+        "DST_ENV",
+        "REQUIRE_BACKENDS",
+        "TWINVM_KVM_LAUNCHER",
+        "TWINVM_KERNEL",
+        "TWINVM_MODULES",
+        "TWINVM_ROOT",
+        "RUSTFLAGS",
+    ] {
         let value = env::var_os(name)
             .map_or_else(|| "not set".to_owned(), |value| format!("{}", value.display()));
         let _ = writeln!(text, "  {name:19} {value}");

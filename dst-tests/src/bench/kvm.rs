@@ -1,0 +1,287 @@
+//! Measuring machines of KVM: each stage of a boot, round trips, the VMM's memory, and what cycles leave.
+
+use crate::target::KvmTarget;
+use rustix::time::ClockId;
+use serde::Serialize;
+use std::{
+    collections::BTreeMap,
+    fs,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use vm_backend_kvm::KvmHypervisor;
+use vm_core::{
+    backend::{CoreBackend, CoreParts},
+    env::TokioEnv,
+    host_fs::StdFs,
+    observe::NoObserver,
+};
+use vm_trait::{ExecRequest, RootConfig, VmBackend, VmConfig, VmInstance};
+
+/// How many round trips the medians of one boot are taken of.
+const ROUND_TRIPS: u32 = 50;
+
+/// How long what a cycle left may take to go.
+const SETTLING: Duration = Duration::from_secs(10);
+
+/// What is to be measured of machines of KVM.
+#[derive(Clone, Copy, Debug)]
+pub struct KvmBench {
+    /// How many boots the medians are taken of.
+    pub boots: u32,
+    /// How many machines are made, started and killed half-way to look for what they leave.
+    pub cycles: u32,
+}
+
+/// What was measured of machines of KVM. Times are medians.
+#[derive(Clone, Debug, Serialize)]
+pub struct KvmMeasured {
+    /// How many boots were measured.
+    pub boots: u32,
+    /// Each stage of a boot, in order, in milliseconds.
+    pub stages_ms: BTreeMap<&'static str, f64>,
+    /// From the call of `start` to its return, in milliseconds.
+    pub start_ms: f64,
+    /// The first program that a machine runs, in milliseconds.
+    pub first_exec_ms: f64,
+    /// A program that does nothing, in microseconds.
+    pub exec_round_trip_us: f64,
+    /// An answer of the agent, in microseconds.
+    pub ping_us: f64,
+    /// The one over the other.
+    pub exec_over_ping: f64,
+    /// Resident memory of the launcher beside the guest's memory, in KiB.
+    pub vmm_resident_kib: Option<f64>,
+    /// How many cycles of create, start and kill there were.
+    pub cycles: u32,
+    /// What they left in this process and beside it.
+    pub left_over: Vec<String>,
+}
+
+#[derive(Default)]
+struct Samples(BTreeMap<&'static str, Vec<f64>>);
+
+impl Samples {
+    fn add(&mut self, what: &'static str, value: f64) {
+        self.0.entry(what).or_default().push(value);
+    }
+
+    fn median(&self, what: &str) -> Option<f64> {
+        let mut values = self.0.get(what)?.clone();
+        values.sort_by(f64::total_cmp);
+        values.get(values.len() / 2).copied()
+    }
+}
+
+impl KvmBench {
+    /// The names of a boot's stages, in order.
+    pub const STAGES: &'static [&'static str] =
+        &["launcher_spawn", "launcher_hello", "vm_setup", "kernel_to_init", "init_to_ready"];
+
+    /// Measures, and calls `progress` with how much of the whole is done, from 0 to 1.
+    ///
+    /// # Errors
+    /// Why machines cannot run here, or what failed.
+    pub fn run(&self, progress: &mut dyn FnMut(f64)) -> Result<KvmMeasured, String> {
+        let (hypervisor, root) = KvmTarget::new().parts()?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .map_err(|error| format!("no tokio runtime: {error}"))?;
+        runtime.block_on(async {
+            let backend = CoreBackend::new(CoreParts {
+                hypervisor: hypervisor.clone(),
+                env: Arc::new(TokioEnv::real(|bytes| {
+                    // Machines would then share a name, which fails.
+                    let _ = getrandom::fill(bytes);
+                })),
+                fs: Arc::new(StdFs),
+                snapshots: std::env::temp_dir(),
+                observer: Arc::new(NoObserver),
+            });
+            let mut config = VmConfig::default();
+            config.root = RootConfig::directory(root);
+            self.measure(&hypervisor, &backend, &config, progress).await
+        })
+    }
+
+    async fn measure(
+        &self,
+        hypervisor: &KvmHypervisor,
+        backend: &CoreBackend,
+        config: &VmConfig,
+        progress: &mut dyn FnMut(f64),
+    ) -> Result<KvmMeasured, String> {
+        let steps = f64::from(self.boots + self.cycles + 1);
+        // The kernel and the initial file system are prepared once and for all.
+        boot(hypervisor, backend, config, &mut Samples::default()).await?;
+        let mut samples = Samples::default();
+        for done in 0..self.boots {
+            progress(f64::from(done + 1) / steps);
+            boot(hypervisor, backend, config, &mut samples).await?;
+        }
+        let before = Held::now();
+        for done in 0..self.cycles {
+            progress(f64::from(self.boots + done + 1) / steps);
+            cycle(backend, config, done).await?;
+        }
+        let left_over = before.left_over().await;
+        let median = |what: &str| samples.median(what).unwrap_or(f64::NAN);
+        let stages = Self::STAGES.iter().map(|stage| (*stage, median(stage)));
+        Ok(KvmMeasured {
+            boots: self.boots,
+            stages_ms: stages.collect(),
+            start_ms: median("start"),
+            first_exec_ms: median("first_exec"),
+            exec_round_trip_us: median("exec"),
+            ping_us: median("ping"),
+            exec_over_ping: median("exec") / median("ping"),
+            vmm_resident_kib: samples.median("vmm_resident"),
+            cycles: self.cycles,
+            left_over,
+        })
+    }
+}
+
+async fn boot(
+    hypervisor: &KvmHypervisor,
+    backend: &CoreBackend,
+    config: &VmConfig,
+    samples: &mut Samples,
+) -> Result<(), String> {
+    let text = |error: vm_trait::VmError| error.to_string();
+    let vm = backend.create(config.clone()).await.map_err(text)?;
+    let began = Instant::now();
+    vm.start().await.map_err(text)?;
+    let (took, ready_at) = (began.elapsed(), monotonic());
+    samples.add("start", millis(took));
+    let began = Instant::now();
+    vm.exec(ExecRequest::new("true")).await.map_err(text)?;
+    samples.add("first_exec", millis(began.elapsed()));
+    let stages = hypervisor.stages(vm.id()).ok_or("the machine is gone")?;
+    samples.add("launcher_spawn", millis(stages.launcher_spawn));
+    samples.add("launcher_hello", millis(stages.launcher_hello));
+    if let Some(setup) = stages.vm_setup {
+        samples.add("vm_setup", millis(setup));
+    }
+    if let (Some(kernel), Some(init_at)) = (stages.kernel_to_init, stages.init_at) {
+        samples.add("kernel_to_init", millis(kernel));
+        samples.add("init_to_ready", millis(ready_at.saturating_sub(init_at)));
+    }
+    for _ in 0..ROUND_TRIPS {
+        let began = Instant::now();
+        vm.exec(ExecRequest::new("true")).await.map_err(text)?;
+        samples.add("exec", millis(began.elapsed()) * 1000.0);
+        samples.add("ping", millis(vm.ping().await.map_err(text)?) * 1000.0);
+    }
+    if let Some(kib) = hypervisor
+        .launcher_pid(vm.id())
+        .and_then(|pid| resident_beside_guest(pid, u64::from(config.memory.0) << 10))
+    {
+        samples.add("vmm_resident", kib);
+    }
+    vm.kill().await.map_err(text)
+}
+
+/// Makes, starts and kills a machine, at different moments of its boot.
+async fn cycle(backend: &CoreBackend, config: &VmConfig, number: u32) -> Result<(), String> {
+    let vm = backend.create(config.clone()).await.map_err(|error| error.to_string())?;
+    let patience = Duration::from_millis(u64::from(number % 10) * 40);
+    let _ = tokio::time::timeout(patience, vm.start()).await;
+    vm.kill().await.map_err(|error| error.to_string())
+}
+
+/// Sums up a process's resident memory without the mapping that is the guest's, in KiB.
+fn resident_beside_guest(pid: u32, guest_kib: u64) -> Option<f64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?;
+    resident_without(&text, guest_kib)
+}
+
+fn resident_without(smaps: &str, guest_kib: u64) -> Option<f64> {
+    let kib = |line: &str, name: &str| -> Option<u64> {
+        line.strip_prefix(name)?.trim().strip_suffix("kB")?.trim().parse().ok()
+    };
+    let (mut sum, mut of_guest, mut size) = (0, None, 0);
+    for line in smaps.lines() {
+        if let Some(found) = kib(line, "Size:") {
+            size = found;
+        } else if let Some(resident) = kib(line, "Rss:") {
+            if size >= guest_kib && of_guest.is_none() {
+                of_guest = Some(resident);
+            } else {
+                sum += resident;
+            }
+        }
+    }
+    of_guest?;
+    u32::try_from(sum).ok().map(f64::from)
+}
+
+/// What this process holds of the host.
+struct Held {
+    descriptors: usize,
+    children: usize,
+    mappings: usize,
+}
+
+impl Held {
+    fn now() -> Self {
+        let count = |path: &str| fs::read_dir(path).map_or(0, Iterator::count);
+        let threads = fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+        let children = threads.filter_map(|thread| {
+            let list = fs::read_to_string(thread.path().join("children")).ok()?;
+            Some(list.split_whitespace().count())
+        });
+        let mappings = fs::read_to_string("/proc/self/maps").unwrap_or_default();
+        let guests = mappings.lines().filter(|line| line.contains("memfd:"));
+        Self {
+            descriptors: count("/proc/self/fd"),
+            children: children.sum(),
+            mappings: guests.count(),
+        }
+    }
+
+    /// Says what is held now and was not before, once it had time to go.
+    async fn left_over(&self) -> Vec<String> {
+        let deadline = Instant::now() + SETTLING;
+        loop {
+            let now = Self::now();
+            let more = [
+                ("descriptors", self.descriptors, now.descriptors),
+                ("child processes", self.children, now.children),
+                ("mappings", self.mappings, now.mappings),
+            ];
+            let more = more.into_iter().filter(|(_, before, after)| after > before);
+            let left: Vec<_> =
+                more.map(|(what, before, after)| format!("{} {what}", after - before)).collect();
+            if left.is_empty() || Instant::now() >= deadline {
+                return left;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+}
+
+fn millis(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
+}
+
+fn monotonic() -> Duration {
+    let time = rustix::time::clock_gettime(ClockId::Monotonic);
+    let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+    Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_guests_memory_is_left_out() {
+        let smaps = "1-2 r-xp\nSize:   100 kB\nRss:   60 kB\n3-4 rw-p\nSize: 131072 kB\nRss: 90000 kB\n\
+                     5-6 rw-p\nSize: 8192 kB\nRss:   20 kB\n";
+        assert_eq!(resident_without(smaps, 131_072), Some(80.0));
+        assert_eq!(resident_without(smaps, 200_000), None);
+    }
+}
