@@ -21,6 +21,8 @@ use vm_trait::VmErrorKind;
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(5);
 const LAST_BACKOFF: Duration = Duration::from_millis(100);
+/// How many connections may fall in a row as soon as they were made before dialling slows down.
+const SHORT_LIVES: u32 = 3;
 /// How many reads in a row one poll may do before it lets others run.
 const READS_A_POLL: u32 = 64;
 
@@ -47,6 +49,7 @@ pub(super) async fn run(inner: Arc<Inner>) {
     let mut established = false;
     let mut down_since: Option<Duration> = None;
     let mut failed_dials = 0;
+    let mut short_lives = 0_u32;
     let mut backoff = FIRST_BACKOFF;
     loop {
         let dialled = until_ended(&inner, async {
@@ -57,9 +60,15 @@ pub(super) async fn run(inner: Arc<Inner>) {
             Ok(Ok((connection, welcome))) => {
                 inner.up(&welcome, established, failed_dials);
                 (established, down_since, failed_dials) = (true, None, 0);
-                backoff = FIRST_BACKOFF;
+                let up_at = env.now();
                 let fall = serve(&inner, connection).await;
                 inner.down();
+                // An agent that ends every connection at once is not dialled ever faster.
+                if env.now().saturating_sub(up_at) < FIRST_BACKOFF {
+                    short_lives = short_lives.saturating_add(1);
+                } else {
+                    (short_lives, backoff) = (0, FIRST_BACKOFF);
+                }
                 fall
             }
             Ok(Err(fall)) => {
@@ -84,7 +93,7 @@ pub(super) async fn run(inner: Arc<Inner>) {
                 (established, down_since) = (false, Some(now));
             }
         }
-        if failed_dials > 0 {
+        if failed_dials > 0 || short_lives > SHORT_LIVES {
             let slept = until_ended(&inner, env.sleep(backoff)).await;
             if slept.is_err() {
                 return;

@@ -20,39 +20,36 @@ impl AgentClient {
         config: &VmConfig,
         request: ExecRequest,
     ) -> Result<ExecOutput, VmErrorKind> {
+        let patience = self.patience(&request);
         let (spec, input, limit) = spec(config, request, false)?;
         let guard = self.open_program(spec, input)?;
         self.deadline(self.inner.parts.timeouts.request, guard.started()).await?;
         let mut stdout = Limited::new(limit);
         let mut stderr = Limited::new(limit);
-        let exit = loop {
-            let news = guard.wait(|stream| {
-                let news = (stream.stdout.take(), stream.stderr.take());
-                match (&news, &stream.end) {
-                    ((None, None), None) => None,
-                    ((None, None), Some(end)) => Some(Err(end.clone())),
-                    _ => Some(Ok(news)),
-                }
-            });
-            match news.await {
-                Ok((out, err)) => {
-                    if let Some(chunk) = out {
-                        stdout.push(chunk);
-                        guard.grant(Channel::Stdout);
-                    }
-                    if let Some(chunk) = err {
-                        stderr.push(chunk);
-                        guard.grant(Channel::Stderr);
-                    }
-                }
-                Err(end) => break exit_of(end)?,
-            }
-        };
+        let collected = collect(&guard, &mut stdout, &mut stderr);
+        let exit = self.deadline_if(patience, collected).await?;
         let elapsed = Duration::from_nanos(exit.elapsed_ns);
         let dropped = (stdout.dropped, stderr.dropped);
         let output =
             ExecOutput::new(status_of(&exit), stdout.into_bytes(), stderr.into_bytes(), elapsed);
         Ok(output.with_dropped(dropped.0, dropped.1))
+    }
+
+    /// Gives how long the end of a program is waited for. The agent ends it when its time is over; one that does not
+    /// must not keep the host.
+    fn patience(&self, request: &ExecRequest) -> Option<Duration> {
+        Some(request.timeout?.saturating_add(self.inner.parts.timeouts.request))
+    }
+
+    async fn deadline_if<T>(
+        &self,
+        after: Option<Duration>,
+        work: impl Future<Output = Result<T, VmErrorKind>>,
+    ) -> Result<T, VmErrorKind> {
+        match after {
+            Some(after) => self.deadline(after, work).await,
+            None => work.await,
+        }
     }
 
     /// Starts a program.
@@ -62,9 +59,10 @@ impl AgentClient {
         config: &VmConfig,
         request: ExecRequest,
     ) -> Result<ProcessHandle, VmErrorKind> {
+        let patience = self.patience(&request);
         let (spec, input, _) = spec(config, request, true)?;
         let guard = self.open_program(spec, input)?;
-        self.handle(vm, guard).await
+        Ok(ProcessHandle { patience, ..self.handle(vm, guard).await? })
     }
 
     /// Takes up a process that the agent knows.
@@ -105,7 +103,38 @@ impl AgentClient {
 
     async fn handle(&self, vm: VmId, guard: StreamGuard) -> Result<ProcessHandle, VmErrorKind> {
         let started = self.deadline(self.inner.parts.timeouts.request, guard.started()).await?;
-        Ok(ProcessHandle { vm, guard, started })
+        Ok(ProcessHandle { vm, guard, started, patience: None })
+    }
+}
+
+/// Takes a program's output in, to its end.
+async fn collect(
+    guard: &StreamGuard,
+    stdout: &mut Limited,
+    stderr: &mut Limited,
+) -> Result<ProcessExit, VmErrorKind> {
+    loop {
+        let news = guard.wait(|stream| {
+            let news = (stream.stdout.take(), stream.stderr.take());
+            match (&news, &stream.end) {
+                ((None, None), None) => None,
+                ((None, None), Some(end)) => Some(Err(end.clone())),
+                _ => Some(Ok(news)),
+            }
+        });
+        match news.await {
+            Ok((out, err)) => {
+                if let Some(chunk) = out {
+                    stdout.push(chunk);
+                    guard.grant(Channel::Stdout);
+                }
+                if let Some(chunk) = err {
+                    stderr.push(chunk);
+                    guard.grant(Channel::Stderr);
+                }
+            }
+            Err(end) => return exit_of(end),
+        }
     }
 }
 
@@ -229,6 +258,8 @@ pub(crate) struct ProcessHandle {
     vm: VmId,
     guard: StreamGuard,
     started: Started,
+    /// How long its end is waited for at a time, where it has a timeout.
+    patience: Option<Duration>,
 }
 
 impl ProcessHandle {
@@ -353,8 +384,9 @@ impl GuestProcessHandle for ProcessHandle {
     }
 
     async fn wait(&self) -> VmResult<ExecStatus> {
-        let ended = self.guard.wait(|stream| stream.end.clone()).await;
-        let exit = exit_of(ended).map_err(|kind| self.error(kind))?;
+        let ended = async { Ok(self.guard.wait(|stream| stream.end.clone()).await) };
+        let ended = self.guard.client.deadline_if(self.patience, ended).await;
+        let exit = ended.and_then(exit_of).map_err(|kind| self.error(kind))?;
         Ok(status_of(&exit))
     }
 

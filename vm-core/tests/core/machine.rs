@@ -1,0 +1,319 @@
+//! A machine whose agent plays a script.
+
+use async_trait::async_trait;
+use bytes::{Bytes, BytesMut};
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
+    sync::watch,
+};
+use vm_core::{
+    backend::{CoreBackend, CoreParts},
+    env::TokioEnv,
+    host_fs::StdFs,
+    machine::{
+        Acceptor, Hypervisor, Link, Machine, MachineError, MachineExit, MachineSpec, MachineStats,
+        MachineStatus, SectionSink, Sections,
+    },
+    observe::NoObserver,
+};
+use vm_guest_protocol::{AGENT_PORT, Frame, encode};
+use vm_trait::{Capabilities, Capability, HostLimits, Mib};
+
+/// What the agent does next on a connection.
+#[derive(Clone, Debug)]
+pub(crate) enum Act {
+    /// Sends these bytes.
+    Bytes(Vec<u8>),
+    /// Sends a frame on a stream.
+    Frame(u32, Frame),
+    /// Waits.
+    Wait(Duration),
+    /// Waits until the host has sent something.
+    Listen,
+    /// Sends frames on a stream that never end.
+    Flood(u32, Vec<u8>),
+    /// Hangs up.
+    HangUp,
+}
+
+/// What becomes of a connection to another port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ports {
+    /// It is never answered.
+    Silent,
+    /// It is made, and moves nothing.
+    Stuck,
+    /// The machine says that it has ended, and goes on.
+    Ended,
+}
+
+/// How the machines of a test behave.
+#[derive(Clone, Debug)]
+pub(crate) struct Behaviour {
+    /// The scripts of the connections to the agent; the last one is played again and again.
+    pub(crate) scripts: Vec<Vec<Act>>,
+    pub(crate) ports: Ports,
+    /// Every call of the machine but `kill` hangs.
+    pub(crate) mute: bool,
+}
+
+#[derive(Debug)]
+pub(crate) struct Ill {
+    behaviour: Behaviour,
+    /// The most bytes that the host took on one connection.
+    pub(crate) most_taken: Arc<AtomicUsize>,
+    /// How many connections the host made.
+    pub(crate) dials: Arc<AtomicUsize>,
+}
+
+impl Ill {
+    pub(crate) fn new(behaviour: Behaviour) -> Arc<Self> {
+        Arc::new(Self { behaviour, most_taken: Arc::default(), dials: Arc::default() })
+    }
+
+    pub(crate) fn backend(self: &Arc<Self>) -> CoreBackend {
+        let mut last = 1_u8;
+        let random = move |bytes: &mut [u8]| {
+            for byte in bytes {
+                last = last.wrapping_mul(37).wrapping_add(11);
+                *byte = last;
+            }
+        };
+        CoreBackend::new(CoreParts {
+            hypervisor: self.clone(),
+            env: Arc::new(TokioEnv::seeded(Duration::from_secs(1_000_000_000), random)),
+            fs: Arc::new(StdFs),
+            snapshots: "/nowhere".into(),
+            observer: Arc::new(NoObserver),
+        })
+    }
+}
+
+#[async_trait]
+impl Hypervisor for Ill {
+    fn name(&self) -> &str {
+        "ill"
+    }
+
+    fn arch(&self) -> &str {
+        "none"
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::all().without(Capability::GuestKernel)
+    }
+
+    fn limits(&self) -> HostLimits {
+        HostLimits { max_vcpus: 1, max_memory: Mib(1024) }
+    }
+
+    async fn create(&self, _: &MachineSpec) -> Result<Arc<dyn Machine>, MachineError> {
+        Ok(Arc::new(IllMachine {
+            scripts: Mutex::new(self.behaviour.scripts.iter().cloned().collect()),
+            ports: self.behaviour.ports,
+            mute: self.behaviour.mute,
+            status: watch::Sender::new(MachineStatus::Fresh),
+            most_taken: self.most_taken.clone(),
+            dials: self.dials.clone(),
+        }))
+    }
+}
+
+#[derive(Debug)]
+struct IllMachine {
+    scripts: Mutex<VecDeque<Vec<Act>>>,
+    ports: Ports,
+    mute: bool,
+    status: watch::Sender<MachineStatus>,
+    most_taken: Arc<AtomicUsize>,
+    dials: Arc<AtomicUsize>,
+}
+
+impl IllMachine {
+    async fn obey(&self, status: MachineStatus) -> Result<(), MachineError> {
+        if self.mute {
+            std::future::pending::<()>().await;
+        }
+        self.status.send_replace(status);
+        Ok(())
+    }
+
+    fn script(&self) -> Vec<Act> {
+        let mut scripts = self.scripts.lock().unwrap();
+        let script = scripts.pop_front().unwrap_or_default();
+        if scripts.is_empty() {
+            scripts.push_back(script.clone());
+        }
+        script
+    }
+}
+
+#[async_trait]
+impl Machine for IllMachine {
+    async fn boot(&self) -> Result<(), MachineError> {
+        self.status.send_replace(MachineStatus::Running);
+        Ok(())
+    }
+
+    async fn pause(&self) -> Result<(), MachineError> {
+        self.obey(MachineStatus::Paused).await
+    }
+
+    async fn resume(&self) -> Result<(), MachineError> {
+        self.obey(MachineStatus::Running).await
+    }
+
+    async fn kill(&self) -> Result<(), MachineError> {
+        self.status.send_replace(MachineStatus::Ended);
+        Ok(())
+    }
+
+    async fn wait(&self) -> MachineExit {
+        let mut status = self.status.subscribe();
+        let _ = status.wait_for(|status| *status == MachineStatus::Ended).await;
+        MachineExit::Killed
+    }
+
+    async fn status(&self) -> Result<MachineStatus, MachineError> {
+        if self.mute {
+            std::future::pending::<()>().await;
+        }
+        Ok(*self.status.borrow())
+    }
+
+    async fn connect(&self, port: u32) -> Result<Box<dyn Link>, MachineError> {
+        if port != AGENT_PORT {
+            return match self.ports {
+                Ports::Silent => std::future::pending().await,
+                Ports::Ended => Err(MachineError::Ended),
+                Ports::Stuck => {
+                    let (host, guest) = duplex(64);
+                    tokio::spawn(async move {
+                        std::future::pending::<()>().await;
+                        drop(guest);
+                    });
+                    Ok(Box::new(host))
+                }
+            };
+        }
+        self.dials.fetch_add(1, Ordering::Relaxed);
+        let (host, guest) = duplex(4096);
+        tokio::spawn(play(guest, self.script(), self.most_taken.clone()));
+        Ok(Box::new(host))
+    }
+
+    async fn listen(&self, _: u32) -> Result<Box<dyn Acceptor>, MachineError> {
+        match self.ports {
+            Ports::Silent => std::future::pending().await,
+            ports => Ok(Box::new(IllAcceptor(ports))),
+        }
+    }
+
+    async fn save(&self, _: &mut dyn SectionSink) -> Result<(), MachineError> {
+        self.obey(MachineStatus::Paused).await
+    }
+
+    async fn load(&self, _: &Sections) -> Result<(), MachineError> {
+        self.obey(MachineStatus::Paused).await
+    }
+
+    async fn fork(&self, specs: &[MachineSpec]) -> Vec<Result<Arc<dyn Machine>, MachineError>> {
+        specs.iter().map(|_| Err(MachineError::Unsupported("fork".to_owned()))).collect()
+    }
+
+    async fn stats(&self) -> Result<MachineStats, MachineError> {
+        let status = *self.status.borrow();
+        self.obey(status).await?;
+        Ok(MachineStats::default())
+    }
+
+    fn console(&self) -> Bytes {
+        Bytes::from_static(b"ill\n")
+    }
+}
+
+#[derive(Debug)]
+struct IllAcceptor(Ports);
+
+#[async_trait]
+impl Acceptor for IllAcceptor {
+    async fn accept(&mut self) -> Result<Box<dyn Link>, MachineError> {
+        match self.0 {
+            Ports::Ended => Err(MachineError::Ended),
+            Ports::Silent | Ports::Stuck => std::future::pending().await,
+        }
+    }
+}
+
+/// Plays a script on a connection, while everything that the host sends is swallowed.
+async fn play(link: DuplexStream, script: Vec<Act>, most_taken: Arc<AtomicUsize>) {
+    let (mut reader, mut writer) = tokio::io::split(link);
+    let (heard, mut hears) = watch::channel(0_usize);
+    let swallow = tokio::spawn(async move {
+        let mut sink = vec![0; 4096];
+        while let Ok(read) = reader.read(&mut sink).await {
+            if read == 0 {
+                return;
+            }
+            heard.send_modify(|all| *all += read);
+        }
+    });
+    let mut taken = 0;
+    for act in script {
+        let sent = match act {
+            Act::Bytes(bytes) => send(&mut writer, &bytes, &mut taken).await,
+            Act::Frame(stream, frame) => {
+                send(&mut writer, &framed(stream, &frame), &mut taken).await
+            }
+            Act::Wait(time) => {
+                tokio::time::sleep(time).await;
+                true
+            }
+            Act::Listen => {
+                let before = *hears.borrow();
+                hears.wait_for(|all| *all > before).await.is_ok()
+            }
+            Act::Flood(stream, pattern) => {
+                let mut offset = 0;
+                loop {
+                    let bytes = Bytes::copy_from_slice(&pattern);
+                    let channel = vm_guest_protocol::Channel::Stdout;
+                    let frame = Frame::Data { channel, offset, bytes };
+                    offset += pattern.len() as u64;
+                    if !send(&mut writer, &framed(stream, &frame), &mut taken).await {
+                        break false;
+                    }
+                    most_taken.fetch_max(taken, Ordering::Relaxed);
+                }
+            }
+            Act::HangUp => false,
+        };
+        most_taken.fetch_max(taken, Ordering::Relaxed);
+        if !sent {
+            swallow.abort();
+            return;
+        }
+    }
+    // It says no more, and listens on.
+    let _ = swallow.await;
+}
+
+async fn send(writer: &mut (impl AsyncWriteExt + Unpin), bytes: &[u8], taken: &mut usize) -> bool {
+    let sent = writer.write_all(bytes).await.is_ok();
+    *taken += if sent { bytes.len() } else { 0 };
+    sent
+}
+
+fn framed(stream: u32, frame: &Frame) -> BytesMut {
+    let mut bytes = BytesMut::new();
+    encode(stream, frame, &mut bytes);
+    bytes
+}

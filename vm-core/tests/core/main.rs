@@ -1,0 +1,6 @@
+//! The core above machines and agents that mean it ill.
+
+mod frames;
+mod hostile_agent;
+mod hostile_machine;
+mod machine;
