@@ -313,9 +313,10 @@ impl Context {
 
     /// Gives the warm machines back, where the check kept its promise to leave them as they were.
     pub(crate) async fn give_back(&self) -> Verdict {
-        let mut borrowed = self.borrowed.lock().unwrap_or_else(PoisonError::into_inner);
-        let machines = std::mem::take(&mut *borrowed);
-        drop(borrowed);
+        let machines = {
+            let mut borrowed = self.borrowed.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::take(&mut *borrowed)
+        };
         let Some(pool) = &self.setup.warm else { return Ok(()) };
         for vm in machines {
             pool.give_back(vm).await.map_err(|left| {

@@ -16,7 +16,7 @@ use vm_core::{
     host_fs::StdFs,
     observe::NoObserver,
 };
-use vm_trait::{ExecRequest, RootConfig, VmBackend, VmConfig, VmInstance};
+use vm_trait::{ExecRequest, RootConfig, VmBackend, VmConfig};
 
 /// How many round trips the medians of one boot are taken of.
 const ROUND_TRIPS: u32 = 50;
@@ -192,7 +192,8 @@ async fn cycle(backend: &CoreBackend, config: &VmConfig, number: u32) -> Result<
     vm.kill().await.map_err(|error| error.to_string())
 }
 
-/// Sums up a process's resident memory without the mapping that is the guest's, in KiB.
+/// Sums up a process's resident memory without the mapping that is the guest's, in KiB: of those that are large enough,
+/// the one with the most in it.
 fn resident_beside_guest(pid: u32, guest_kib: u64) -> Option<f64> {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?;
     resident_without(&text, guest_kib)
@@ -202,20 +203,18 @@ fn resident_without(smaps: &str, guest_kib: u64) -> Option<f64> {
     let kib = |line: &str, name: &str| -> Option<u64> {
         line.strip_prefix(name)?.trim().strip_suffix("kB")?.trim().parse().ok()
     };
-    let (mut sum, mut of_guest, mut size) = (0, None, 0);
+    let (mut sum, mut of_guest, mut size) = (0, None::<u64>, 0);
     for line in smaps.lines() {
         if let Some(found) = kib(line, "Size:") {
             size = found;
         } else if let Some(resident) = kib(line, "Rss:") {
-            if size >= guest_kib && of_guest.is_none() {
-                of_guest = Some(resident);
-            } else {
-                sum += resident;
+            sum += resident;
+            if size >= guest_kib {
+                of_guest = of_guest.max(Some(resident));
             }
         }
     }
-    of_guest?;
-    u32::try_from(sum).ok().map(f64::from)
+    u32::try_from(sum - of_guest?).ok().map(f64::from)
 }
 
 /// What this process holds of the host.
@@ -280,7 +279,7 @@ mod tests {
     #[test]
     fn the_guests_memory_is_left_out() {
         let smaps = "1-2 r-xp\nSize:   100 kB\nRss:   60 kB\n3-4 rw-p\nSize: 131072 kB\nRss: 90000 kB\n\
-                     5-6 rw-p\nSize: 8192 kB\nRss:   20 kB\n";
+                     5-6 rw-p\nSize: 8192 kB\nRss:   20 kB\n7-8 rw-p\nSize: 1048576 kB\nRss: 0 kB\n";
         assert_eq!(resident_without(smaps, 131_072), Some(80.0));
         assert_eq!(resident_without(smaps, 200_000), None);
     }
