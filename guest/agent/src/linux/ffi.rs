@@ -221,6 +221,25 @@ pub(super) fn set_interface_up(name: &str) -> io::Result<()> {
     checked(unsafe { libc::ioctl(fd, libc::SIOCSIFFLAGS, &raw const request) })
 }
 
+/// Writes a byte to an I/O port, where the processor has ports and this process may use them.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn write_port(port: u16, byte: u8) -> io::Result<()> {
+    // SAFETY: ioperm only changes which ports this thread may use.
+    checked(unsafe { libc::ioperm(port.into(), 1, 1) })?;
+    // SAFETY: the instruction writes to the port, which this thread may use, and touches neither memory nor flags.
+    unsafe {
+        std::arch::asm!("out dx, al", in("dx") port, in("al") byte, options(nomem, nostack, preserves_flags));
+    }
+    // SAFETY: as above.
+    checked(unsafe { libc::ioperm(port.into(), 1, 0) })
+}
+
+/// Writes a byte to an I/O port: this processor has none.
+#[cfg(not(target_arch = "x86_64"))]
+pub(super) fn write_port(_port: u16, _byte: u8) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
 /// Gives how many bytes a terminal has still to send; 0 for what is no terminal.
 pub(super) fn unsent_output(terminal: BorrowedFd<'_>) -> i32 {
     let mut unsent: libc::c_int = 0;

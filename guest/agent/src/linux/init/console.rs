@@ -7,9 +7,7 @@ use rustix::{
 };
 use std::{
     fmt::Display,
-    fs::File,
     io::{self, Write},
-    os::unix::fs::FileExt,
     thread,
     time::{Duration, Instant},
 };
@@ -53,11 +51,10 @@ pub(super) fn say(what: &dyn Display) {
     let _ = io::stderr().write_all(format!("twinvm: {what}\n").as_bytes());
 }
 
-/// Shows how far the start has come, where the machine has the port for it.
+/// Shows how far the start has come, where the machine has the port for it. It needs no file, so that it can be the
+/// first thing of all, and works on kernels without `/dev/port`.
 pub(super) fn mark(mark: BootMark) {
-    if let Ok(ports) = File::options().write(true).open("/dev/port") {
-        let _ = ports.write_at(&[mark as u8], BOOT_MARK_PORT.into());
-    }
+    let _ = ffi::write_port(BOOT_MARK_PORT, mark as u8);
 }
 
 /// Waits until the console has taken what was written, for a bounded time: a machine that ends drops the rest.
