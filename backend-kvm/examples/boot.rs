@@ -72,10 +72,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     println!();
     let memory = memory_kib(owner.child.id());
-    if ended.is_none() {
-        if let Answer::Stats(stats) = owner.ask(Request::Stats)? {
-            println!("{stats:?}");
-        }
+    if ended.is_none()
+        && let Answer::Stats(stats) = owner.ask(Request::Stats)?
+    {
+        println!("{stats:?}");
     }
     for message in &owner.heard {
         println!("{message:?}");

@@ -3,10 +3,7 @@
 use std::{
     fs::File,
     io::{self, Write},
-    os::{
-        fd::AsFd,
-        unix::fs::FileExt,
-    },
+    os::{fd::AsFd, unix::fs::FileExt},
 };
 
 /// How many bytes are gathered at most before they are written.

@@ -205,9 +205,7 @@ fn vsock(cid: u32, channel: Arc<Channel>) -> Result<Box<dyn VirtioDevice>, Refus
         return Err(config("vsock_cid", format!("{cid} is reserved")));
     }
     let incoming: Incoming = Box::new(move |port, stream| {
-        channel
-            .try_send(&FromLauncher::Incoming { port }, Some(stream.as_fd()))
-            .unwrap_or(false)
+        channel.try_send(&FromLauncher::Incoming { port }, Some(stream.as_fd())).unwrap_or(false)
     });
     let device = VsockDevice::new(u64::from(cid), incoming, VsockLimits::default())
         .map_err(|error| failed("vsock device", error))?;
@@ -215,8 +213,7 @@ fn vsock(cid: u32, channel: Arc<Channel>) -> Result<Box<dyn VirtioDevice>, Refus
 }
 
 fn block(disk: &DiskSetUp, file: File) -> Result<Box<dyn VirtioDevice>, Refusal> {
-    let options =
-        BlockOptions::default().read_only(disk.read_only).serial(disk.serial.as_str());
+    let options = BlockOptions::default().read_only(disk.read_only).serial(disk.serial.as_str());
     let device = BlockDevice::new(file, &options)
         .map_err(|error| config("disks", format!("{}: {error}", disk.serial)))?;
     Ok(Box::new(device))

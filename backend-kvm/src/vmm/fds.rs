@@ -76,8 +76,7 @@ fn tie_life_to(lifeline: &OwnedFd) -> io::Result<()> {
             return Err(io::Error::last_os_error());
         }
     }
-    let asynchronous =
-        OFlags::from_bits_retain(u32::try_from(libc::O_ASYNC).unwrap_or_default());
+    let asynchronous = OFlags::from_bits_retain(u32::try_from(libc::O_ASYNC).unwrap_or_default());
     let flags = rustix::fs::fcntl_getfl(lifeline)?;
     rustix::fs::fcntl_setfl(lifeline, flags | asynchronous | OFlags::NONBLOCK)?;
     // A writer that went before the flag was set gives no signal.

@@ -34,10 +34,8 @@ impl FlushTimer {
     /// Arms it, unless it is.
     pub(super) fn arm(&self) {
         if !self.armed.swap(true, Ordering::AcqRel) {
-            let once = Itimerspec {
-                it_interval: Timespec { tv_sec: 0, tv_nsec: 0 },
-                it_value: DELAY,
-            };
+            let once =
+                Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: DELAY };
             let _ = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once);
         }
     }

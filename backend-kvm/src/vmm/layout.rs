@@ -50,9 +50,9 @@ pub(super) const TSS: usize = 0xfffb_d000;
 pub(super) const SERIAL_LINE: u32 = 4;
 /// ACPI's interrupt line.
 pub(super) const SCI_LINE: u16 = 9;
-/// The lines of virtio devices. With ACPI, Linux sets up lines from 16 on only for devices that ACPI describes, and
-/// these are announced on the command line; so all are below 16, without those of timer, cascade, serial port, clock,
-/// ACPI and numeric coprocessor. More devices than lines share them.
+/// The lines of virtio devices. Linux with ACPI sets up lines from 16 on only for devices that it finds through ACPI,
+/// not for those of its command line; so all are below 16, without those of timer, cascade, serial port, clock, ACPI and
+/// numeric coprocessor. More devices than lines share them.
 pub(super) const DEVICE_LINES: [u32; 9] = [5, 6, 7, 10, 11, 12, 14, 15, 3];
 
 /// The most virtio devices: 16 disks, a root, vsock and entropy.

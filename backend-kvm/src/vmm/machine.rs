@@ -17,9 +17,7 @@ use super::{
     vcpus::{Outcome, Stopped, Vcpus},
 };
 use crate::control::{End, MachineSetUp, Refusal, Stats, Status};
-use kvm_bindings::{
-    KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_pit_config,
-};
+use kvm_bindings::{KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use std::{
     fs::File,

@@ -35,12 +35,13 @@ pub(super) fn map(mib: u32) -> Result<Memory, Refusal> {
         let reason = format!("{mib} MiB; it must be from {MIN_MIB} to {MAX_MIB}");
         return Err(config("memory_mib", reason));
     }
-    let memory = Memory::from_ranges(&ranges(u64::from(mib) << 20)).map_err(|error| match error {
-        FromRangesError::MmapRegion(vm_memory::mmap::MmapRegionError::Mmap(error)) => {
-            failed("guest memory", error)
-        }
-        other => Refusal::Failed(format!("guest memory: {other}")),
-    })?;
+    let memory =
+        Memory::from_ranges(&ranges(u64::from(mib) << 20)).map_err(|error| match error {
+            FromRangesError::MmapRegion(vm_memory::mmap::MmapRegionError::Mmap(error)) => {
+                failed("guest memory", error)
+            }
+            other => Refusal::Failed(format!("guest memory: {other}")),
+        })?;
     for region in memory.iter() {
         let len = usize::try_from(region.len()).unwrap_or(usize::MAX);
         // SAFETY: the range is the region's own mapping, and the advice changes nothing but core dumps.
@@ -132,9 +133,8 @@ impl ReadVolatile for FileAt<'_> {
             .map_err(|error| VolatileMemoryError::IOError(io::Error::other(error)))?;
         let guard = buf.ptr_guard_mut();
         // SAFETY: the guard's range is valid for writes of its length; nobody else uses it before the guest runs.
-        let read = unsafe {
-            libc::pread(self.file.as_raw_fd(), guard.as_ptr().cast(), buf.len(), offset)
-        };
+        let read =
+            unsafe { libc::pread(self.file.as_raw_fd(), guard.as_ptr().cast(), buf.len(), offset) };
         let read = usize::try_from(read)
             .map_err(|_| VolatileMemoryError::IOError(io::Error::last_os_error()))?;
         buf.bitmap().mark_dirty(0, read);

@@ -160,7 +160,10 @@ impl Vcpus {
         &self,
         mut act: impl FnMut(usize, &mut VcpuFd) -> Result<(), E>,
     ) -> Result<(), E> {
-        self.threads.iter().enumerate().try_for_each(|(id, thread)| act(id, &mut lock(&thread.vcpu)))
+        self.threads
+            .iter()
+            .enumerate()
+            .try_for_each(|(id, thread)| act(id, &mut lock(&thread.vcpu)))
     }
 
     /// Gives the CPU time of all threads.
@@ -213,10 +216,7 @@ impl Gate {
         state.parked[id] = true;
         self.changed.notify_all();
         while !state.run {
-            state = self
-                .changed
-                .wait(state)
-                .unwrap_or_else(std::sync::PoisonError::into_inner);
+            state = self.changed.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner);
         }
         state.parked[id] = false;
         self.changed.notify_all();

@@ -49,7 +49,7 @@ fn read_at(index: u8, now: u64) -> u8 {
         STATUS_D => return 0x80,
         _ => return 0,
     };
-    u8::try_from(value / 10 << 4 | value % 10).unwrap_or(0)
+    u8::try_from((value / 10) << 4 | (value % 10)).unwrap_or(0)
 }
 
 /// Gives year, month and day of the Gregorian calendar, of a number of days since the start of 1970.

@@ -2,7 +2,11 @@
 
 use crate::{
     Test, launcher,
-    owner::{Owner, Parts, in_memory, payload::{Code, ENTRY, elf}, ring},
+    owner::{
+        Owner, Parts, in_memory,
+        payload::{Code, ENTRY, elf},
+        ring,
+    },
 };
 use proptest::{
     collection::vec,
@@ -52,7 +56,8 @@ fn packets_that_are_none() {
     });
     run.unwrap();
     let mut owner = Owner::start(&launcher());
-    let mut long = postcard::to_allocvec(&ToLauncher::Request { id: 0, request: Request::Status }).unwrap();
+    let mut long =
+        postcard::to_allocvec(&ToLauncher::Request { id: 0, request: Request::Status }).unwrap();
     long.resize(MAX_PACKET + 1, 0);
     owner.say_bytes(&long, &[]).unwrap();
     assert_eq!(owner.exited().code(), Some(1));

@@ -43,7 +43,7 @@ pub(super) fn load(
     if total == 0 {
         return Ok(None);
     }
-    let low = memory.iter().next().map_or(0, |region| region.len());
+    let low = memory.iter().next().map_or(0, GuestMemoryRegion::len);
     let top = low.min(highest.saturating_add(1));
     let start = top.checked_sub(total).map(|start| start & !0xfff);
     let (Some(start), Ok(len)) = (start.filter(|&start| start >= kernel_end), u32::try_from(total))

@@ -172,7 +172,7 @@ fn load_bzimage(file: &mut FileAt<'_>, memory: &Memory) -> Result<Kernel, Refusa
 
 /// Checks that a range is in memory below the hole and above what every PC keeps for itself; gives its end.
 fn must_fit(memory: &Memory, start: u64, len: u64) -> Result<u64, Refusal> {
-    let low = memory.iter().next().map_or(0, |region| region.len());
+    let low = memory.iter().next().map_or(0, GuestMemoryRegion::len);
     let end = start.checked_add(len).ok_or_else(|| unfit("a segment's address overflows"))?;
     if start < HIGH_MEMORY {
         return Err(unfit(format!("it wants to be at {start:#x}, below 1 MiB")));

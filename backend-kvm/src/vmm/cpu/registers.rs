@@ -43,7 +43,8 @@ pub(in crate::vmm) fn prepare_all(vcpu: &VcpuFd) -> Result<(), Refusal> {
     set_msrs(vcpu)?;
     let mut lapic = vcpu.get_lapic().map_err(kvm_failed("KVM_GET_LAPIC"))?;
     for (offset, mode) in [(LVT_LINT0, MODE_EXTERNAL), (LVT_LINT1, MODE_NMI)] {
-        for (register, byte) in lapic.regs[offset..offset + 4].iter_mut().zip((mode << 8).to_le_bytes())
+        for (register, byte) in
+            lapic.regs[offset..offset + 4].iter_mut().zip((mode << 8).to_le_bytes())
         {
             *register = byte.cast_signed();
         }

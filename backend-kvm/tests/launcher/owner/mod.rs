@@ -134,12 +134,8 @@ impl Owner {
 
     /// Starts a launcher, with another lifeline than its own if there is one.
     pub(crate) fn spawn(program: &Path, other_lifeline: Option<OwnedFd>) -> io::Result<Self> {
-        let (socket, its_socket) = socketpair(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        )?;
+        let (socket, its_socket) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         let (its_lifeline, lifeline) = io::pipe()?;
         let its_lifeline = other_lifeline.unwrap_or_else(|| its_lifeline.into());
         let mut command = Command::new(program);
@@ -176,7 +172,10 @@ impl Owner {
     }
 
     /// Hears what comes within a time: nothing, or a message, or a hang-up.
-    pub(crate) fn hear_within(&mut self, time: Duration) -> Option<(Option<FromLauncher>, Vec<OwnedFd>)> {
+    pub(crate) fn hear_within(
+        &mut self,
+        time: Duration,
+    ) -> Option<(Option<FromLauncher>, Vec<OwnedFd>)> {
         let mut ready = [PollFd::new(&self.socket, PollFlags::IN)];
         let wait = Timespec::try_from(time).unwrap();
         if poll(&mut ready, Some(&wait)).unwrap() == 0 {
