@@ -281,6 +281,6 @@ mod tests {
         let smaps = "1-2 r-xp\nSize:   100 kB\nRss:   60 kB\n3-4 rw-p\nSize: 131072 kB\nRss: 90000 kB\n\
                      5-6 rw-p\nSize: 8192 kB\nRss:   20 kB\n7-8 rw-p\nSize: 1048576 kB\nRss: 0 kB\n";
         assert_eq!(resident_without(smaps, 131_072), Some(80.0));
-        assert_eq!(resident_without(smaps, 200_000), None);
+        assert_eq!(resident_without(smaps, 2_000_000), None);
     }
 }
