@@ -13,6 +13,9 @@ use vm_trait::{
     VmErrorKind, VmId, VmResult,
 };
 
+/// A timeout of this length is as good as none.
+const FOR_EVER: Duration = Duration::from_secs(365 * 24 * 3600);
+
 impl AgentClient {
     /// Runs a program to its end.
     pub(crate) async fn exec(
@@ -38,7 +41,8 @@ impl AgentClient {
     /// Gives how long the end of a program is waited for. The agent ends it when its time is over; one that does not
     /// must not keep the host.
     fn patience(&self, request: &ExecRequest) -> Option<Duration> {
-        Some(request.timeout?.saturating_add(self.inner.parts.timeouts.request))
+        let timeout = request.timeout.filter(|timeout| *timeout < FOR_EVER)?;
+        Some(timeout + self.inner.parts.timeouts.request)
     }
 
     async fn deadline_if<T>(
