@@ -23,6 +23,9 @@ pub(super) struct Stream {
     wakers: Vec<Waker>,
 }
 
+/// No channel has more bytes than this, and no agent may say so: offsets can be added to.
+const FURTHEST: u64 = 1 << 62;
+
 /// How a stream ended.
 #[derive(Clone, Debug)]
 pub(super) enum End {
@@ -84,6 +87,9 @@ impl Stream {
     pub(super) fn accept(&mut self, frame: Frame) -> Result<(), Breach> {
         match frame {
             Frame::Started(started) if self.started.is_none() => {
+                if [started.stdout, started.stderr, started.stdin].iter().any(|it| *it > FURTHEST) {
+                    return Err(Breach("an offset that nobody reaches"));
+                }
                 self.stdout = Incoming::new(started.stdout);
                 self.stderr = Incoming::new(started.stderr);
                 self.stdin.start_at(started.stdin);
@@ -285,6 +291,9 @@ impl Outgoing {
 
     fn credit(&mut self, consumed: u64, window: u32) -> Result<(), Breach> {
         // A stream that attaches learns here, if not from `Started`, how far earlier ones came.
+        if consumed > FURTHEST {
+            return Err(Breach("an offset that nobody reaches"));
+        }
         self.start_at(consumed);
         if consumed > self.end {
             return Err(Breach("credit for bytes that were never sent"));

@@ -35,8 +35,7 @@ async fn ends<T>(what: &str, operation: impl Future<Output = VmResult<T>>) {
         assert!(
             !matches!(
                 error.kind(),
-                VmErrorKind::InvalidConfig { .. }
-                    | VmErrorKind::SnapshotCorrupt { .. }
+                VmErrorKind::SnapshotCorrupt { .. }
                     | VmErrorKind::HostIo { .. }
                     | VmErrorKind::Interrupted
                     | VmErrorKind::ConnectRefused { .. }
