@@ -22,7 +22,7 @@ use vm_dst::{
     summary::Summary,
     target::{Detail, Opened, RunReport, Target, TokioTarget},
 };
-use vm_trait::{Capabilities, Capability, VmBackend};
+use vm_trait::{Capabilities, VmBackend};
 
 mod lying;
 

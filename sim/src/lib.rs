@@ -32,6 +32,8 @@ pub mod ledger;
 pub mod machine;
 mod rng;
 pub mod scenario;
+#[cfg(test)]
+mod stream_tests;
 pub mod trace;
 mod world;
 mod yields;
