@@ -54,7 +54,7 @@ pub(super) const CLAUSES: &[Clause] = &[
         [Files], faults: [SlowIo]),
     clause!(kill_interrupts, "files.kill_interrupts",
         "killing the machine ends an operation on files as Interrupted", [Files], faults: [SlowIo])
-        .fresh(),
+    .fresh(),
 ];
 
 async fn round_trip(vm: &dyn VmInstance, path: &str, bytes: &bytes::Bytes) -> Verdict {
