@@ -37,9 +37,9 @@ impl Code {
         code.raw(&[0xff, 0xc9, 0x75, 0xfc, 0xee, 0xeb, 0xf4])
     }
 
-    /// Does nothing for ever, awake.
+    /// Does nothing for ever, awake; the pause lets emulated processors look for interrupts.
     pub(crate) fn spin(self) -> Self {
-        self.raw(&[0xeb, 0xfe])
+        self.raw(&[0xf3, 0x90, 0xeb, 0xfc])
     }
 
     /// Sleeps for ever with interrupts off.
