@@ -42,6 +42,21 @@ pub struct Progress {
     pub all: u64,
     /// Of those that have ended, how many broke a promise.
     pub failed: u64,
+    /// The run that has just ended, if one has.
+    pub last: Option<LastRun>,
+}
+
+/// A run that has ended.
+#[derive(Clone, Copy, Debug)]
+pub struct LastRun {
+    /// The clause's id.
+    pub clause: &'static str,
+    /// The seed.
+    pub seed: u64,
+    /// How long it took, in real time.
+    pub took: Duration,
+    /// Whether the promise was broken.
+    pub failed: bool,
 }
 
 impl Session {
@@ -58,7 +73,7 @@ impl Session {
         self.seeds.count.saturating_mul(clauses)
     }
 
-    /// Runs everything, and calls `on_progress` after every run.
+    /// Runs everything, and calls `on_progress` after every run, and now and then between them.
     pub fn run(&self, on_progress: &mut dyn FnMut(Progress)) -> Summary {
         let began = Instant::now();
         let ignored = self.plan.ignored.iter();
@@ -184,18 +199,25 @@ impl Pool {
     ) {
         let all = session.runs();
         while self.workers.iter().any(|(_, present)| *present) {
+            let (items, failed) = (summary.items, summary.failed);
+            let mut last = None;
             match self.receive.recv_timeout(Duration::from_millis(250)) {
                 Ok(Message::Done { worker, item, reports, took }) => {
                     // What a worker says after it was given up has been counted already.
                     if self.workers[worker].1 {
                         session.add_to(summary, item, &reports, took);
+                        let clause = session.plan.clauses[item.clause].id;
+                        last = Some(LastRun { clause, seed: item.seed, took, failed: false });
                     }
                 }
                 Ok(Message::Left { worker }) => self.workers[worker].1 = false,
                 Err(RecvTimeoutError::Timeout) => self.dismiss_stuck(session, summary),
                 Err(RecvTimeoutError::Disconnected) => break,
             }
-            on_progress(Progress { done: summary.items, all, failed: summary.failed });
+            let last = last
+                .filter(|_| summary.items > items)
+                .map(|run| LastRun { failed: summary.failed > failed, ..run });
+            on_progress(Progress { done: summary.items, all, failed: summary.failed, last });
         }
     }
 

@@ -42,7 +42,7 @@ pub(super) const CLAUSES: &[Clause] = &[
     clause!(one_stalls_no_other, "exec.one_stalls_no_other",
         "a program that takes long delays no other", [Exec], faults: []),
     clause!(left_behind_child, "exec.left_behind_child",
-        "the end of a program is told though a child of it still holds its output", [Exec], faults: []),
+        "the end of a program is told though a child of it still holds its output", [Exec], faults: []).fresh(),
     clause!(elapsed_time, "exec.elapsed_time", "the time that a program took is told in guest time", [Exec], faults: []),
     clause!(dropped_kills_group, "exec.dropped_kills_group",
         "dropping the future kills the program with its children", [Exec, Files], faults: []),

@@ -5,14 +5,14 @@ use crate::{
 };
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{
-    io::{IsTerminal, stdout},
+    io::{IsTerminal, Write, stderr, stdout},
     path::PathBuf,
 };
 use vm_dst::{
     filter::ClauseFilter,
     plan::Plan,
     report,
-    runner::{Progress, Session},
+    runner::{LastRun, Progress, Session},
     seeds::{SeedSource, Seeds},
     summary::Summary,
     target::Target,
@@ -43,6 +43,9 @@ pub(crate) struct Arguments {
     /// How many runs go on at a time. Default one a core
     #[arg(long, value_name = "N", value_parser = any_number)]
     jobs: Option<u64>,
+    /// Says of every run as it ends how long it took, on standard error
+    #[arg(long)]
+    each: bool,
     /// Runs everything twice and compares the fingerprints
     #[arg(long)]
     twice: bool,
@@ -106,8 +109,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8, Problem> {
         session.seeds
     ))?;
     let bar = progress_bar(session.runs());
-    let summary = session.run(&mut |Progress { done, failed, .. }| {
+    let summary = session.run(&mut |Progress { done, failed, last, .. }| {
         bar.set_position(done);
+        if let Some(run) = last.filter(|_| arguments.each) {
+            bar.suspend(|| report_run(&run));
+        }
         if failed > 0 {
             bar.set_message(format!("{failed} failed"));
         }
@@ -120,6 +126,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8, Problem> {
     let width = if stdout().is_terminal() { None } else { Some(120) };
     print(&format!("{}\n{}\n", report::text(&summary, width), summary.last_line()))?;
     Ok(exit_code(&summary, &*session.target))
+}
+
+fn report_run(run: &LastRun) {
+    let outcome = if run.failed { "BROKEN" } else { "kept" };
+    let (clause, seed, seconds) = (run.clause, run.seed, run.took.as_secs_f64());
+    // A run goes on without anyone who reads this.
+    let _ = writeln!(stderr(), "{outcome:6} {seconds:8.2} s  {clause} {seed:#x}");
 }
 
 fn exit_code(summary: &Summary, target: &dyn Target) -> u8 {
