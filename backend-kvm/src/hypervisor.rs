@@ -8,6 +8,7 @@ use crate::{
     launcher::{LauncherProgram, NoLauncher, Started},
     life::{Life, StageTimes, host},
     machine::KvmMachine,
+    sync::lock,
 };
 use async_trait::async_trait;
 use std::{
@@ -16,7 +17,7 @@ use std::{
     fs::File,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
+    sync::{Arc, Mutex, OnceLock, Weak},
 };
 use tokio::task::spawn_blocking;
 use vm_core::machine::{Hypervisor, Machine, MachineError, MachineSpec};
@@ -347,8 +348,4 @@ fn host_limits() -> HostLimits {
         max_vcpus: u8::try_from(most).unwrap_or(MAX_VCPUS).min(MAX_VCPUS),
         max_memory: Mib(u32::try_from(bytes >> 20).unwrap_or(u32::MAX)),
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

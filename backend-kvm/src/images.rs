@@ -1,5 +1,6 @@
 //! [`Images`]: kernels and initial file systems, prepared once for all machines of a hypervisor.
 
+use crate::sync::lock;
 use std::{
     collections::BTreeMap,
     fs::{self, Metadata},
@@ -7,7 +8,7 @@ use std::{
     io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 use vm_core::machine::MachineError;
@@ -218,10 +219,6 @@ fn is_settled(newest: Duration) -> bool {
 
 fn config(field: &str, error: &dyn std::fmt::Display) -> MachineError {
     MachineError::Config { field: field.to_owned(), reason: error.to_string() }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -31,6 +31,7 @@ mod machine;
 mod packet;
 mod probe;
 mod ready;
+mod sync;
 pub mod vmm;
 
 pub use backend::{KvmBackend, KvmBackendBuilder};

@@ -4,10 +4,10 @@ use super::{
     channel::Channel,
     devices::Devices,
     ports::{Effect, Ports},
-    sync::lock,
     vcpus::Stopped,
 };
 use crate::control::FromLauncher;
+use crate::sync::lock;
 use rustix::time::{ClockId, clock_gettime};
 use std::sync::{Arc, Mutex};
 

@@ -6,9 +6,9 @@ use super::{
     fds::of_event,
     layout::{DEVICE_LINES, DEVICE_STEP, DEVICES, MAX_DEVICES},
     refuse::{config, failed, kvm_failed},
-    sync::lock,
 };
 use crate::control::{DiskSetUp, FromLauncher, Refusal};
+use crate::sync::lock;
 use kvm_ioctls::{IoEventAddress, VmFd};
 use rustix::event::epoll;
 use std::{

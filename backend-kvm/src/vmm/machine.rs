@@ -12,11 +12,11 @@ use super::{
     memory,
     ports::Ports,
     refuse::{config, failed, kvm_failed},
-    sync::lock,
     threads::prepare_kicks,
     vcpus::{Outcome, Stopped, Vcpus},
 };
 use crate::control::{End, MachineSetUp, Refusal, Stats, Status};
+use crate::sync::lock;
 use kvm_bindings::{KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use std::{

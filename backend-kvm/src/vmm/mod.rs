@@ -28,7 +28,6 @@ mod ports;
 mod process;
 mod refuse;
 mod serve;
-mod sync;
 mod threads;
 mod vcpus;
 mod wall_clock;

@@ -5,10 +5,10 @@ use super::{
     console::Console,
     flush::FlushTimer,
     refuse::failed,
-    sync::lock,
     wall_clock::WallClock,
 };
 use crate::control::Refusal;
+use crate::sync::lock;
 use std::{
     io::{self, Write},
     sync::{Arc, Mutex},

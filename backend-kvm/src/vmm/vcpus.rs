@@ -5,10 +5,10 @@ use super::{
     exit_detail::internal_error,
     process::name_thread,
     refuse::failed,
-    sync::lock,
     threads::{cpu_time, kick},
 };
 use crate::control::Refusal;
+use crate::sync::lock;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::{
     sync::{
