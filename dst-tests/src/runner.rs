@@ -199,24 +199,22 @@ impl Pool {
     ) {
         let all = session.runs();
         while self.workers.iter().any(|(_, present)| *present) {
-            let (items, failed) = (summary.items, summary.failed);
             let mut last = None;
             match self.receive.recv_timeout(Duration::from_millis(250)) {
                 Ok(Message::Done { worker, item, reports, took }) => {
                     // What a worker says after it was given up has been counted already.
                     if self.workers[worker].1 {
+                        let failed_before = summary.failed;
                         session.add_to(summary, item, &reports, took);
                         let clause = session.plan.clauses[item.clause].id;
-                        last = Some(LastRun { clause, seed: item.seed, took, failed: false });
+                        let failed = summary.failed > failed_before;
+                        last = Some(LastRun { clause, seed: item.seed, took, failed });
                     }
                 }
                 Ok(Message::Left { worker }) => self.workers[worker].1 = false,
                 Err(RecvTimeoutError::Timeout) => self.dismiss_stuck(session, summary),
                 Err(RecvTimeoutError::Disconnected) => break,
             }
-            let last = last
-                .filter(|_| summary.items > items)
-                .map(|run| LastRun { failed: summary.failed > failed, ..run });
             on_progress(Progress { done: summary.items, all, failed: summary.failed, last });
         }
     }
