@@ -2,6 +2,7 @@
 #![no_main]
 
 mod device;
+mod input;
 
 use device::Play;
 use libfuzzer_sys::fuzz_target;

@@ -4,6 +4,9 @@
 //! input lacks are zero.
 #![no_main]
 
+mod input;
+
+use input::Input;
 use libfuzzer_sys::fuzz_target;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 use std::{
@@ -95,7 +98,7 @@ impl Play {
             4 => self.guest.notify(u32::from(input.byte() % 4)),
             5 => {
                 let ring = usize::from(input.byte() % 3);
-                let (index, address, length) = (input.byte(), input.address(), input.length());
+                let (index, address, length) = (input.byte(), address(input), input.length());
                 let (flags, next) = (u16::from(input.byte() % 8), u16::from(input.byte() % 40));
                 self.rings[ring].descriptor(u16::from(index % 40), address, length, flags, next);
             }
@@ -141,7 +144,7 @@ impl Play {
                 }
             }
             13 => {
-                let (at, length) = (input.address(), input.byte());
+                let (at, length) = (address(input), input.byte());
                 let data = input.bytes(length);
                 let _outside = self.memory.write_slice(data, GuestAddress(at));
             }
@@ -285,41 +288,12 @@ fn header(
     bytes
 }
 
-/// What is left of an input.
-struct Input<'a>(&'a [u8]);
-
-impl<'a> Input<'a> {
-    fn bytes(&mut self, count: u8) -> &'a [u8] {
-        let (now, later) = self.0.split_at(self.0.len().min(count.into()));
-        self.0 = later;
-        now
-    }
-
-    fn byte(&mut self) -> u8 {
-        self.bytes(1).first().copied().unwrap_or(0)
-    }
-
-    fn half(&mut self) -> u16 {
-        u16::from_le_bytes([self.byte(), self.byte()])
-    }
-
-    fn word(&mut self) -> u32 {
-        u32::from(self.half()) | u32::from(self.half()) << 16
-    }
-
-    /// Gives an address: 17 bits, or the end of memory or of all addresses.
-    fn address(&mut self) -> u64 {
-        let low = u64::from(self.half());
-        match self.byte() {
-            0xfe => (MEMORY as u64).wrapping_sub(low & 0xff),
-            0xff => u64::MAX - low,
-            high => low | u64::from(high & 1) << 16,
-        }
-    }
-
-    /// Gives a length: 15 bits as they are, or the upper ones of 32.
-    fn length(&mut self) -> u32 {
-        let half = self.half();
-        if half < 0x8000 { half.into() } else { u32::from(half) << 17 | 0x1ffff }
+/// Gives an address: 17 bits, or the end of memory or of all addresses.
+fn address(input: &mut Input<'_>) -> u64 {
+    let low = u64::from(input.half());
+    match input.byte() {
+        0xfe => (MEMORY as u64).wrapping_sub(low & 0xff),
+        0xff => u64::MAX - low,
+        high => low | u64::from(high & 1) << 16,
     }
 }

@@ -3,6 +3,7 @@
 //! The first byte of a move says what it is, see [`Play::step`]; numbers are in little-endian order, and bytes that the
 //! input lacks are zero.
 
+use crate::input::Input;
 use vm_kvm_devices::{
     Memory, VirtioDevice,
     testing::{Buffer, Guest, Ring, memory},
@@ -94,13 +95,13 @@ impl<M: Fn() -> D, D: VirtioDevice> Play<M, D> {
                 return true;
             }
             3 => {
-                let (at, length) = (input.address(), input.byte());
+                let (at, length) = (address(input), input.byte());
                 let data = input.bytes(length);
                 let _outside = self.memory.write_slice(data, GuestAddress(at));
             }
             4 => {
                 let index = input.byte().into();
-                let (address, length) = (input.address(), input.length());
+                let (address, length) = (address(input), input.length());
                 self.ring.descriptor(index, address, length, input.byte().into(), input.half());
             }
             5 => self.ring.publish(input.byte().into()),
@@ -114,9 +115,9 @@ impl<M: Fn() -> D, D: VirtioDevice> Play<M, D> {
             10 => {
                 // The ring that the next start by registers announces.
                 self.ring.size = input.half();
-                self.ring.descriptors = input.address();
-                self.ring.available = input.address();
-                self.ring.used = input.address();
+                self.ring.descriptors = address(input);
+                self.ring.available = address(input);
+                self.ring.used = address(input);
                 self.guest.set_up(input.byte().into(), &self.ring);
             }
             11 => self.request(input),
@@ -141,7 +142,7 @@ impl<M: Fn() -> D, D: VirtioDevice> Play<M, D> {
         let count = input.byte() % 8;
         let mut buffers = vec![Buffer { address: DATA, length: 16, writable: false }];
         buffers.extend((0..count).map(|_| Buffer {
-            address: input.address(),
+            address: address(input),
             length: input.length(),
             writable: header[0] & 1 == 0,
         }));
@@ -151,42 +152,13 @@ impl<M: Fn() -> D, D: VirtioDevice> Play<M, D> {
     }
 }
 
-/// What is left of an input.
-struct Input<'a>(&'a [u8]);
-
-impl<'a> Input<'a> {
-    fn bytes(&mut self, count: u8) -> &'a [u8] {
-        let (now, later) = self.0.split_at(self.0.len().min(count.into()));
-        self.0 = later;
-        now
-    }
-
-    fn byte(&mut self) -> u8 {
-        self.bytes(1).first().copied().unwrap_or(0)
-    }
-
-    fn half(&mut self) -> u16 {
-        u16::from_le_bytes([self.byte(), self.byte()])
-    }
-
-    fn word(&mut self) -> u32 {
-        u32::from(self.half()) | u32::from(self.half()) << 16
-    }
-
-    /// Gives an address: 24 bits as they are, or the end of a region, of memory or of all addresses.
-    fn address(&mut self) -> u64 {
-        let low = u64::from(self.half());
-        match self.byte() {
-            0xfd => (LOW as u64).wrapping_sub(low & 0xff),
-            0xfe => (HIGH_AT + HIGH as u64).wrapping_sub(low & 0xff),
-            0xff => u64::MAX - low,
-            high => low | u64::from(high) << 16,
-        }
-    }
-
-    /// Gives a length: 15 bits as they are, or the upper ones of 32.
-    fn length(&mut self) -> u32 {
-        let half = self.half();
-        if half < 0x8000 { half.into() } else { u32::from(half) << 17 | 0x1ffff }
+/// Gives an address: 24 bits as they are, or the end of a region, of memory or of all addresses.
+fn address(input: &mut Input<'_>) -> u64 {
+    let low = u64::from(input.half());
+    match input.byte() {
+        0xfd => (LOW as u64).wrapping_sub(low & 0xff),
+        0xfe => (HIGH_AT + HIGH as u64).wrapping_sub(low & 0xff),
+        0xff => u64::MAX - low,
+        high => low | u64::from(high) << 16,
     }
 }
