@@ -17,7 +17,7 @@ pub const CONTROL_FD: i32 = 3;
 pub const LIFELINE_FD: i32 = 4;
 
 /// The version of these messages; both sides must have the same.
-pub const CONTROL_VERSION: u32 = 1;
+pub const CONTROL_VERSION: u32 = 2;
 
 /// The largest packet, in bytes.
 pub const MAX_PACKET: usize = 64 << 10;
@@ -38,6 +38,16 @@ pub enum ToLauncher {
         id: u64,
         /// What is asked for.
         request: Request,
+    },
+    /// The owner took streams that waited at a listener ([`FromLauncher::Incoming`]), so that there is room for as many
+    /// more. It is not answered, and means nothing once another listener has the port.
+    Taken {
+        /// The listener's port.
+        port: u32,
+        /// The listener's number.
+        listener: u64,
+        /// How many.
+        streams: u32,
     },
 }
 
@@ -92,10 +102,16 @@ pub enum Request {
     /// Take the descriptor beside this as a host's hybrid vsock connection: it says `CONNECT port\n`, and gets
     /// `OK hostport\n`, or a hang-up where nothing in the guest listens; then bytes flow.
     Connect,
-    /// From now on, hand over what the guest connects to this port of the host; see [`FromLauncher::Incoming`].
+    /// From now on, hand over what the guest connects to this port of the host ([`FromLauncher::Incoming`]), and refuse
+    /// it while as many streams as the backlog wait to be [taken](ToLauncher::Taken). What listened on the port before
+    /// does so no more.
     Listen {
         /// The port.
         port: u32,
+        /// A number that no other listener of this machine has.
+        listener: u64,
+        /// The most streams that wait.
+        backlog: u32,
     },
     /// Refuse what the guest connects to this port from now on.
     Unlisten {
@@ -125,6 +141,8 @@ pub enum FromLauncher {
     Incoming {
         /// The port.
         port: u32,
+        /// The number of the listener that it waits at.
+        listener: u64,
     },
     /// The agent marked how far it has come.
     Mark {

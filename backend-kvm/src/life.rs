@@ -1,5 +1,9 @@
 //! [`Life`]: one launcher process, the talk with it, and the certain end of both.
 
+mod listening;
+
+use self::listening::Listeners;
+pub(crate) use self::listening::Listening;
 use crate::{
     console::ConsoleRing,
     control::{
@@ -15,7 +19,7 @@ use rustix::{
     time::ClockId,
 };
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     fs::File,
     io::{self, PipeWriter},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -29,7 +33,7 @@ use std::{
 };
 use tokio::{
     io::{Interest, unix::AsyncFd},
-    sync::{mpsc, oneshot, watch},
+    sync::{oneshot, watch},
 };
 use vm_core::machine::{MachineError, MachineExit};
 use vm_guest_protocol::boot::BootMark;
@@ -40,9 +44,6 @@ const EXIT_GRACE: Duration = Duration::from_secs(2);
 
 /// How long a launcher may take to say hello.
 const HELLO: Duration = Duration::from_secs(15);
-
-/// How many streams that the guest opened wait on a port before more are refused.
-const WAITING_STREAMS: usize = 16;
 
 /// How long the stages of a machine's life took, as far as it has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -82,9 +83,7 @@ pub(crate) struct Life {
 struct State {
     next_request: u64,
     waiting: BTreeMap<Awaited, oneshot::Sender<Result<Answer, Refusal>>>,
-    listeners: BTreeMap<u32, mpsc::Sender<OwnedFd>>,
-    /// Ports that the launcher still listens on for nobody, because it took no more packets.
-    deserted: BTreeSet<u32>,
+    listeners: Listeners,
     end: Option<End>,
     /// What the launcher did that made it unfit to live.
     broken: Option<String>,
@@ -201,46 +200,6 @@ impl Life {
         }
         self.send(&ToLauncher::Request { id, request }, fds).await?;
         waiting.answer().await.ok_or(MachineError::Ended)
-    }
-
-    /// Takes what the guest opens to `port`, until the receiver is [released](Self::release).
-    ///
-    /// # Errors
-    /// [`MachineError::PortInUse`] and as [`request`](Self::request).
-    pub(crate) async fn listen(self: &Arc<Self>, port: u32) -> Result<Listening, MachineError> {
-        let (send, streams) = mpsc::channel(WAITING_STREAMS);
-        let known = {
-            let mut state = self.lock();
-            if state.over {
-                return Err(MachineError::Ended);
-            }
-            if state.listeners.contains_key(&port) {
-                return Err(MachineError::PortInUse(port));
-            }
-            state.listeners.insert(port, send);
-            state.deserted.remove(&port)
-        };
-        // From here on its drop takes everything back.
-        let listening = Listening { life: self.clone(), port, streams };
-        if !known {
-            self.request(Request::Listen { port }, &[]).await?;
-        }
-        Ok(listening)
-    }
-
-    fn release(&self, port: u32) {
-        let id = self.number();
-        let mut state = self.lock();
-        if state.listeners.remove(&port).is_none() || state.over {
-            return;
-        }
-        let message = ToLauncher::Request { id, request: Request::Unlisten { port } };
-        let sent = packet::encode(&message)
-            .and_then(|bytes| packet::send(self.control.get_ref().as_fd(), &bytes, &[]));
-        if sent.is_err() {
-            // What comes there is refused here, until somebody listens again.
-            state.deserted.insert(port);
-        }
     }
 
     /// Kills the launcher without waiting for its end.
@@ -377,13 +336,8 @@ impl Life {
                 // Whoever asked may have gone away.
                 let _ = state.answer(Awaited::Request(id), result);
             }
-            FromLauncher::Incoming { port } => {
-                // Refused, by closing it, where nobody listens or too many wait.
-                if let (Some(listener), Some(stream)) =
-                    (state.listeners.get(&port), fds.into_iter().next())
-                {
-                    let _ = listener.try_send(stream);
-                }
+            FromLauncher::Incoming { port, listener } => {
+                self.come_in(&mut state, port, listener, fds.into_iter().next());
             }
             FromLauncher::Mark { mark, at_ns } => state.mark(mark, Duration::from_nanos(at_ns)),
             FromLauncher::Ended(end) => {
@@ -470,27 +424,6 @@ impl State {
         } else if mark == BootMark::Listening as u8 && self.stages.init_to_listening.is_none() {
             self.stages.init_to_listening = self.stages.init_at.map(|init| at.saturating_sub(init));
         }
-    }
-}
-
-/// The streams that the guest opens to one port. Dropping it refuses more.
-#[derive(Debug)]
-pub(crate) struct Listening {
-    life: Arc<Life>,
-    port: u32,
-    streams: mpsc::Receiver<OwnedFd>,
-}
-
-impl Listening {
-    /// Waits for the next stream; there is none once the machine has ended.
-    pub(crate) async fn next(&mut self) -> Option<OwnedFd> {
-        self.streams.recv().await
-    }
-}
-
-impl Drop for Listening {
-    fn drop(&mut self) {
-        self.life.release(self.port);
     }
 }
 

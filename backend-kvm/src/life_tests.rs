@@ -26,6 +26,9 @@ use tokio::{
 };
 use vm_core::machine::{Machine, MachineStatus};
 
+#[path = "life_tests/listening.rs"]
+mod listening;
+
 const SOON: Duration = Duration::from_secs(20);
 
 fn runtime() -> Runtime {
@@ -82,7 +85,7 @@ impl Fake {
     fn hear_request(&self) -> Option<(u64, Request, Vec<OwnedFd>)> {
         match self.hear()? {
             (ToLauncher::Request { id, request }, fds) => Some((id, request, fds)),
-            (ToLauncher::SetUp(_), _) => panic!("a second set-up"),
+            (other, _) => panic!("{other:?}"),
         }
     }
 
@@ -366,65 +369,6 @@ fn connections_carry_bytes_and_lose_none() {
             assert_eq!(machine.connect(port).await.err(), Some(MachineError::NotListening));
         }
         assert_eq!(machine.connect(1028).await.err(), Some(MachineError::Ended));
-    });
-}
-
-#[test]
-fn what_the_guest_opens_is_accepted_bounded_and_refused() {
-    const EXTRA: usize = 5;
-    run(async {
-        let (send, closed) = std::sync::mpsc::channel();
-        let life = begin(move |fake| {
-            fake.hello();
-            let (id, request, _) = fake.hear_request().unwrap();
-            assert_eq!(request, Request::Listen { port: 7 });
-            fake.reply(id, Ok(Answer::Done));
-            let streams: Vec<_> = (0..WAITING_STREAMS + EXTRA)
-                .map(|number| {
-                    let (its, mut ours) = StdStream::pair().unwrap();
-                    ours.write_all(&[u8::try_from(number).unwrap()]).unwrap();
-                    fake.say_with(&FromLauncher::Incoming { port: 7 }, &[its.as_fd()]);
-                    ours
-                })
-                .collect();
-            // Nobody listens there, and this is no stream.
-            fake.say_with(&FromLauncher::Incoming { port: 8 }, &[streams[0].as_fd()]);
-            fake.say(&FromLauncher::Incoming { port: 7 });
-            let over = |mut stream: StdStream| matches!(stream.read(&mut [0]), Ok(0) | Err(_));
-            let refused = streams.into_iter().skip(WAITING_STREAMS).filter_map(|stream| {
-                stream.set_read_timeout(Some(SOON)).unwrap();
-                over(stream).then_some(())
-            });
-            send.send(refused.count()).unwrap();
-            let (id, request, _) = fake.hear_request().unwrap();
-            assert_eq!(request, Request::Unlisten { port: 7 });
-            fake.reply(id, Ok(Answer::Done));
-            let (id, request, _) = fake.hear_request().unwrap();
-            assert_eq!(request, Request::Listen { port: 7 });
-            fake.reply(id, Ok(Answer::Done));
-            fake.say_with(
-                &FromLauncher::Incoming { port: 7 },
-                &[File::open("/dev/null").unwrap().as_fd()],
-            );
-            let (_, ours) = StdStream::pair().unwrap();
-            fake.say_with(&FromLauncher::Incoming { port: 7 }, &[ours.as_fd()]);
-            fake.hear_request();
-        });
-        let machine = KvmMachine::new(life.await.unwrap());
-        let mut acceptor = machine.listen(7).await.unwrap();
-        assert_eq!(machine.listen(7).await.err(), Some(MachineError::PortInUse(7)));
-        let refused = tokio::task::spawn_blocking(move || closed.recv().unwrap()).await.unwrap();
-        assert_eq!(refused, EXTRA);
-        for number in 0..WAITING_STREAMS {
-            let mut stream = acceptor.accept().await.unwrap();
-            assert_eq!(usize::from(stream.read_u8().await.unwrap()), number);
-        }
-        drop(acceptor);
-        let mut acceptor = machine.listen(7).await.unwrap();
-        acceptor.accept().await.unwrap();
-        machine.kill().await.unwrap();
-        assert_eq!(acceptor.accept().await.err(), Some(MachineError::Ended));
-        assert_eq!(machine.listen(9).await.err(), Some(MachineError::Ended));
     });
 }
 

@@ -16,6 +16,7 @@ use std::{
 use vm_kvm_devices::{
     Memory, VsockDevice, VsockLimits,
     testing::{Buffer, Guest, Ring, memory},
+    vsock::Listener,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -70,7 +71,7 @@ impl Play {
             true
         };
         let mut device = VsockDevice::new(CID, Box::new(incoming_to), limits).expect("a device");
-        device.listen(5);
+        device.listen(Listener { port: 5, number: 1 }, u32::MAX);
         let guest = Guest::new(device, &memory);
         let rings = rings(&memory);
         let mut play = Self { memory, guest, rings, incoming, hosts: Vec::new() };
@@ -148,9 +149,16 @@ impl Play {
                 let data = input.bytes(length);
                 let _outside = self.memory.write_slice(data, GuestAddress(at));
             }
-            14 => match input.byte() % 3 {
-                0 => self.device().listen(6),
+            14 => match input.byte() % 5 {
+                0 => {
+                    let listener = listener(input);
+                    self.device().listen(listener, u32::from(input.byte() % 4));
+                }
                 1 => self.device().unlisten(6),
+                2 => {
+                    let listener = listener(input);
+                    self.device().taken(listener, u32::from(input.byte() % 8));
+                }
                 _ => drop(self.device().reset_connections()),
             },
             _ => match input.byte() % 4 {
@@ -264,6 +272,10 @@ impl Play {
         self.memory.read_slice(&mut bytes, GuestAddress(RX_DATA)).expect("inside memory");
         bytes
     }
+}
+
+fn listener(input: &mut Input<'_>) -> Listener {
+    Listener { port: 6, number: u64::from(input.byte() % 2) }
 }
 
 fn rings(memory: &Memory) -> [Ring; 3] {

@@ -132,7 +132,7 @@ pub trait Machine: Send + Sync + fmt::Debug {
     fn console(&self) -> Bytes;
 }
 
-/// Takes streams that a guest opens. While nobody asks it for one, at most 16 wait; more are refused.
+/// Takes streams that a guest opens. While nobody asks it for one, at most [`BACKLOG`] wait; more are refused.
 #[async_trait]
 pub trait Acceptor: Send + fmt::Debug {
     /// Waits for the next stream. When the future is dropped, no stream is lost.
@@ -141,6 +141,10 @@ pub trait Acceptor: Send + fmt::Debug {
     /// [`MachineError::Ended`].
     async fn accept(&mut self) -> Result<Box<dyn Link>, MachineError>;
 }
+
+/// How many streams that a guest opened wait on a port of the host until they are taken: 16, as
+/// [`GuestListener::accept`](vm_trait::GuestListener::accept) promises.
+pub const BACKLOG: usize = 16;
 
 /// A byte stream between the host and a program in the guest.
 pub trait Link: AsyncRead + AsyncWrite + Send + Unpin {}

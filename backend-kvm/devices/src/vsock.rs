@@ -37,9 +37,18 @@ use std::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_queue::{Queue, QueueT};
 
-/// Takes the host's end of a stream that the guest connected to a port that is listened on; false refuses the guest.
-/// The end blocks.
-pub type Incoming = Box<dyn FnMut(u32, OwnedFd) -> bool + Send>;
+/// Takes the host's end of a stream that the guest connected to a listener's port; false refuses the guest. The end
+/// blocks.
+pub type Incoming = Box<dyn FnMut(Listener, OwnedFd) -> bool + Send>;
+
+/// One listener on a port of the host. When a port is listened on anew, that is another listener.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listener {
+    /// The port.
+    pub port: u32,
+    /// The number by which its owner knows it from others on the same port.
+    pub number: u64,
+}
 
 /// How much one device holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,13 +77,12 @@ impl Default for VsockLimits {
     }
 }
 
-/// What of a device lives on in a snapshot: never a connection.
+/// What of a device lives on in a snapshot: never a connection, nor a listener, for both belong to the owner of the
+/// machine that was saved.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VsockState {
     /// The guest's address.
     pub guest_cid: u64,
-    /// The ports that are listened on, in order.
-    pub listening: Vec<u32>,
     /// The port that the next connecting host gets.
     pub next_port: u32,
 }
@@ -96,7 +104,7 @@ impl VsockDevice {
         Ok(Self { hub: Hub::new(guest_cid, incoming, limits)?, driver: None })
     }
 
-    /// Makes a device that goes on where [`save`](Self::save) was called, without connections.
+    /// Makes a device that goes on where [`save`](Self::save) was called, without connections, which listens on no port.
     ///
     /// # Errors
     /// When the host has no descriptor left.
@@ -106,7 +114,6 @@ impl VsockDevice {
         limits: VsockLimits,
     ) -> io::Result<Self> {
         let mut device = Self::new(state.guest_cid, incoming, limits)?;
-        device.hub.listening().extend(&state.listening);
         device.hub.set_next_port(state.next_port);
         Ok(device)
     }
@@ -114,11 +121,7 @@ impl VsockDevice {
     /// Gives what lives on in a snapshot; nothing changes here, and connections go on.
     #[must_use]
     pub fn save(&self) -> VsockState {
-        VsockState {
-            guest_cid: self.hub.guest_cid(),
-            listening: self.hub.listened().iter().copied().collect(),
-            next_port: self.hub.next_port(),
-        }
+        VsockState { guest_cid: self.hub.guest_cid(), next_port: self.hub.next_port() }
     }
 
     /// Takes a host's stream: a Unix stream socket whose other end says `CONNECT port\n` and then waits for
@@ -132,14 +135,22 @@ impl VsockDevice {
         }
     }
 
-    /// Hands what the guest connects to `port` of the host to the owner from now on.
-    pub fn listen(&mut self, port: u32) {
-        self.hub.listening().insert(port);
+    /// Hands what the guest connects to the listener's port of the host to the owner from now on, and refuses it while
+    /// `backlog` streams wait there. A stream waits from when it is handed over until the owner [takes](Self::taken) it,
+    /// whatever becomes of its connection. What listened on the port before does so no more.
+    pub fn listen(&mut self, listener: Listener, backlog: u32) {
+        self.hub.listen(listener, backlog);
+    }
+
+    /// Notes that the owner took so many of the streams that waited at a listener. Nothing happens where that listens no
+    /// more.
+    pub fn taken(&mut self, listener: Listener, streams: u32) {
+        self.hub.taken(listener, streams);
     }
 
     /// Refuses what the guest connects to `port` from now on; what is connected stays.
     pub fn unlisten(&mut self, port: u32) {
-        self.hub.listening().remove(&port);
+        self.hub.unlisten(port);
     }
 
     /// Gives the number of streams: connections, and hosts that have not said yet where they want to go.

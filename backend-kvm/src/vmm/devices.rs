@@ -19,7 +19,7 @@ use std::{
 use vm_kvm_devices::{
     BlockDevice, BlockOptions, EntropyDevice, IrqLine, Memory, MmioTransport, VirtioDevice,
     mmio::QUEUE_NOTIFY_OFFSET,
-    vsock::{Incoming, VsockDevice, VsockLimits},
+    vsock::{Incoming, Listener, VsockDevice, VsockLimits},
 };
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -204,8 +204,9 @@ fn vsock(cid: u32, channel: Arc<Channel>) -> Result<Box<dyn VirtioDevice>, Refus
     if !(3..u32::MAX).contains(&cid) {
         return Err(config("vsock_cid", format!("{cid} is reserved")));
     }
-    let incoming: Incoming = Box::new(move |port, stream| {
-        channel.try_send(&FromLauncher::Incoming { port }, Some(stream.as_fd())).unwrap_or(false)
+    let incoming: Incoming = Box::new(move |Listener { port, number }, stream| {
+        let message = FromLauncher::Incoming { port, listener: number };
+        channel.try_send(&message, Some(stream.as_fd())).unwrap_or(false)
     });
     let device = VsockDevice::new(u64::from(cid), incoming, VsockLimits::default())
         .map_err(|error| failed("vsock device", error))?;

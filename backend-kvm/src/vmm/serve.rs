@@ -16,6 +16,7 @@ use std::{
     os::fd::{AsFd, OwnedFd},
     sync::Arc,
 };
+use vm_kvm_devices::vsock::Listener;
 
 /// Tokens of the outer epoll descriptor.
 const CONTROL: u64 = 0;
@@ -53,8 +54,8 @@ fn wait_for_set_up(
     loop {
         match channel.receive(buffer)? {
             Received::Message(ToLauncher::SetUp(set_up), fds) => return Ok(Some((*set_up, fds))),
-            Received::Message(ToLauncher::Request { .. }, _) => {
-                return Err(io::Error::other("a request came before the machine's description"));
+            Received::Message(ToLauncher::Request { .. } | ToLauncher::Taken { .. }, _) => {
+                return Err(io::Error::other("something came before the machine's description"));
             }
             Received::HungUp => return Ok(None),
             Received::Nothing => {
@@ -155,6 +156,14 @@ impl Server {
                 self.channel.send(&FromLauncher::Reply { id, result })?;
                 Ok(Going::On)
             }
+            Received::Message(ToLauncher::Taken { port, listener, streams }, fds) => {
+                if !fds.is_empty() {
+                    return Err(io::Error::other("taken streams came with a descriptor"));
+                }
+                let listener = Listener { port, number: listener };
+                self.machine.devices().vsock(|vsock| vsock.taken(listener, streams));
+                Ok(Going::On)
+            }
         }
     }
 
@@ -182,8 +191,9 @@ impl Server {
             Request::Pause => self.pause()?,
             Request::Resume => self.resume()?,
             Request::Connect => self.connect(stream),
-            Request::Listen { port } => {
-                self.machine.devices().vsock(|vsock| vsock.listen(*port));
+            &Request::Listen { port, listener, backlog } => {
+                let listener = Listener { port, number: listener };
+                self.machine.devices().vsock(|vsock| vsock.listen(listener, backlog));
                 Ok(())
             }
             Request::Unlisten { port } => {

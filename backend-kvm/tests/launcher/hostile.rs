@@ -64,10 +64,13 @@ fn packets_that_are_none() {
 }
 
 fn messages_out_of_order() {
-    let mut owner = Owner::start(&launcher());
-    owner.say(&ToLauncher::Request { id: 0, request: Request::Boot }, &[]).unwrap();
-    assert_eq!(owner.exited().code(), Some(1));
-    assert!(owner.hear().is_none());
+    let boot = ToLauncher::Request { id: 0, request: Request::Boot };
+    for early in [boot, ToLauncher::Taken { port: 5, listener: 1, streams: 1 }] {
+        let mut owner = Owner::start(&launcher());
+        owner.say(&early, &[]).unwrap();
+        assert_eq!(owner.exited().code(), Some(1));
+        assert!(owner.hear().is_none());
+    }
 }
 
 fn descriptors_must_match() {
@@ -272,7 +275,10 @@ fn what_comes_later_is_checked() {
         let parts = Parts::new(&Code::default().spin().elf());
         let mut owner = Owner::start(&launcher());
         owner.set_up(&parts).unwrap();
-        assert_eq!(owner.ask(Request::Listen { port: 5 }), Ok(Answer::Done));
+        assert_eq!(
+            owner.ask(Request::Listen { port: 5, listener: 1, backlog: 16 }),
+            Ok(Answer::Done)
+        );
         (owner, parts)
     };
     let request = |request| ToLauncher::Request { id: 9, request };
@@ -282,6 +288,12 @@ fn what_comes_later_is_checked() {
     assert_eq!(owner.exited().code(), Some(1));
     let (mut owner, _parts) = set_up();
     owner.say(&request(Request::Status), &[spare.as_fd()]).unwrap();
+    assert_eq!(owner.exited().code(), Some(1));
+    let (mut owner, _parts) = set_up();
+    let taken = ToLauncher::Taken { port: 5, listener: 1, streams: u32::MAX };
+    owner.say(&taken, &[]).unwrap();
+    assert!(owner.ask(Request::Status).is_ok());
+    owner.say(&taken, &[spare.as_fd()]).unwrap();
     assert_eq!(owner.exited().code(), Some(1));
     let (mut owner, parts) = set_up();
     owner.say(&ToLauncher::SetUp(Box::new(parts.set_up.clone())), &[]).unwrap();

@@ -57,7 +57,7 @@ fn stats(owner: &mut Owner) -> Stats {
 }
 
 /// Waits until `check` gives something.
-fn until<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
+pub(crate) fn until<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + PATIENCE;
     loop {
         if let Some(found) = check() {
@@ -184,7 +184,8 @@ fn operations_out_of_place_are_refused() {
     assert_eq!(owner.ask(Request::Boot), refused(Status::Paused));
     let (_ours, its) = UnixStream::pair().unwrap();
     assert_eq!(owner.ask_with(Request::Connect, &[its.as_fd()]), refused(Status::Paused));
-    for request in [Request::Listen { port: 7 }, Request::Unlisten { port: 8 }] {
+    let listen = Request::Listen { port: 7, listener: 1, backlog: 16 };
+    for request in [listen, Request::Unlisten { port: 8 }] {
         assert_eq!(owner.ask(request), Ok(Answer::Done));
     }
 }

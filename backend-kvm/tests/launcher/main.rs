@@ -8,6 +8,7 @@ mod hostile;
 mod life;
 mod machine;
 mod owner;
+mod vsock;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::{env, fs::File, path::PathBuf, process::ExitCode};
@@ -26,7 +27,7 @@ fn main() -> ExitCode {
         .into_iter()
         .map(|(name, test)| trial(name, test))
         .collect();
-    for (name, test) in [machine::TESTS, life::WITH_KVM, hostile::WITH_KVM].concat() {
+    for (name, test) in [machine::TESTS, vsock::TESTS, life::WITH_KVM, hostile::WITH_KVM].concat() {
         trials.push(match &missing {
             None => trial(name, test),
             Some(error) => trial(name, test)

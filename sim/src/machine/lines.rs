@@ -19,11 +19,9 @@ use std::{
     task::{Poll, Waker},
     time::Duration,
 };
-use vm_core::machine::{Acceptor, Link, MachineError, MachineStatus};
+use vm_core::machine::{Acceptor, BACKLOG, Link, MachineError, MachineStatus};
 use vm_guest_agent::core::ConnId;
 
-/// How many streams wait for the host to take them.
-const BACKLOG: usize = 16;
 /// How long the other side takes to answer who connects.
 const ANSWER: (Duration, Duration) = (Duration::from_micros(30), Duration::from_micros(300));
 

@@ -1,7 +1,7 @@
 //! [`Hub`]: all connections of one device, whatever its queues do.
 
 use super::{
-    Incoming, VsockLimits,
+    Incoming, Listener, VsockLimits,
     connection::{Connection, Fate, Next, Ports},
     greeting::{Greeting, Said},
     packet::{HOST_CID, Header, TYPE_STREAM, op},
@@ -16,10 +16,19 @@ use rustix::{
     net::{AddressFamily, SocketType, sockopt},
 };
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, VecDeque},
     fmt, io,
     os::{fd::OwnedFd, unix::net::UnixStream},
 };
+
+/// What listens on a port of the host.
+#[derive(Debug)]
+struct Listening {
+    number: u64,
+    backlog: u32,
+    /// Streams that were handed over and that the owner has not taken yet.
+    waiting: u32,
+}
 
 /// All connections of one device.
 pub(super) struct Hub {
@@ -27,7 +36,8 @@ pub(super) struct Hub {
     incoming: Incoming,
     limits: VsockLimits,
     poll: Poll,
-    listening: BTreeSet<u32>,
+    /// By the host's port.
+    listening: BTreeMap<u32, Listening>,
     next_port: u32,
     next_token: u64,
     greetings: BTreeMap<u64, Greeting>,
@@ -58,7 +68,7 @@ impl Hub {
             incoming,
             limits,
             poll: Poll::new()?,
-            listening: BTreeSet::new(),
+            listening: BTreeMap::new(),
             next_port: FIRST_PORT,
             next_token: FIRST_TOKEN,
             greetings: BTreeMap::new(),
@@ -82,12 +92,21 @@ impl Hub {
         &self.poll
     }
 
-    pub(super) fn listening(&mut self) -> &mut BTreeSet<u32> {
-        &mut self.listening
+    pub(super) fn listen(&mut self, listener: Listener, backlog: u32) {
+        let listening = Listening { number: listener.number, backlog, waiting: 0 };
+        self.listening.insert(listener.port, listening);
     }
 
-    pub(super) fn listened(&self) -> &BTreeSet<u32> {
-        &self.listening
+    pub(super) fn taken(&mut self, listener: Listener, streams: u32) {
+        if let Some(listening) = self.listening.get_mut(&listener.port)
+            && listening.number == listener.number
+        {
+            listening.waiting = listening.waiting.saturating_sub(streams);
+        }
+    }
+
+    pub(super) fn unlisten(&mut self, port: u32) {
+        self.listening.remove(&port);
     }
 
     pub(super) fn next_port(&self) -> u32 {
@@ -104,7 +123,7 @@ impl Hub {
         self.connections.len() + self.greetings.len()
     }
 
-    /// Ends everything without a word to the guest.
+    /// Ends everything without a word to the guest. Listeners stay, and so does what waits at them: the owner has it.
     pub(super) fn clear(&mut self) {
         for connection in self.connections.values() {
             self.poll.remove(connection.stream());
@@ -278,16 +297,21 @@ impl Hub {
     }
 
     fn try_accept(&mut self, ports: Ports, request: &Header) -> Option<()> {
-        if !self.listening.contains(&ports.host) || self.is_full() {
+        let listening = self.listening.get(&ports.host)?;
+        if listening.waiting >= listening.backlog || self.is_full() {
             return None;
         }
+        let listener = Listener { port: ports.host, number: listening.number };
         let (ours, hosts) = UnixStream::pair().ok()?;
         ours.set_nonblocking(true).ok()?;
         let token = self.take_token();
         self.poll.add(&ours, token).ok()?;
-        if !(self.incoming)(ports.host, hosts.into()) {
+        if !(self.incoming)(listener, hosts.into()) {
             self.poll.remove(&ours);
             return None;
+        }
+        if let Some(listening) = self.listening.get_mut(&ports.host) {
+            listening.waiting += 1;
         }
         let buf_alloc = self.promise();
         self.by_ports.insert(ports, token);
@@ -427,7 +451,7 @@ impl Hub {
             let all = Ports { host: port, guest: 0 }..=Ports { host: port, guest: u32::MAX };
             let taken = self.by_ports.range(all.clone()).next().is_some()
                 || self.resets.range(all).next().is_some()
-                || self.listening.contains(&port);
+                || self.listening.contains_key(&port);
             if !taken {
                 return port;
             }

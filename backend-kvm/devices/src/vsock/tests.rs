@@ -1,5 +1,6 @@
 //! Tests of the whole device through its registers and queues.
 
+mod backlog;
 mod driver;
 mod hostile;
 mod model;

@@ -87,6 +87,20 @@ impl Code {
         code.raw(&[0xc7, 0x03]).raw(&value.to_le_bytes())
     }
 
+    /// Waits awake until two bytes of memory have a value.
+    pub(crate) fn await_word(self, at: u32, value: u16) -> Self {
+        // pause; cmp word [at], value; jne to the pause
+        let code = self.raw(&[0xf3, 0x90, 0x66, 0x81, 0x3c, 0x25]).raw(&at.to_le_bytes());
+        code.raw(&value.to_le_bytes()).raw(&[0x75, 0xf2])
+    }
+
+    /// Prints one byte of memory.
+    pub(crate) fn print_byte(self, at: u32) -> Self {
+        // mov al, [at]; mov dx, 0x3f8; out dx, al
+        let code = self.raw(&[0x8a, 0x04, 0x25]).raw(&at.to_le_bytes());
+        code.raw(&[0x66, 0xba, 0xf8, 0x03, 0xee])
+    }
+
     fn raw(mut self, bytes: &[u8]) -> Self {
         self.0.extend(bytes);
         self
@@ -95,6 +109,16 @@ impl Code {
     /// Makes an ELF file of it.
     pub(crate) fn elf(&self) -> Vec<u8> {
         elf(ENTRY, ENTRY, &self.0, self.0.len() as u64)
+    }
+
+    /// Makes an ELF file of it that also puts data into memory.
+    pub(crate) fn elf_with(&self, at: u64, data: &[u8]) -> Vec<u8> {
+        let mut content = self.0.clone();
+        let before = usize::try_from(at - ENTRY).unwrap();
+        assert!(content.len() <= before, "the code is too long");
+        content.resize(before, 0);
+        content.extend(data);
+        elf(ENTRY, ENTRY, &content, content.len() as u64)
     }
 }
 

@@ -4,7 +4,7 @@ use crate::{
     device::Memory,
     testing::{Buffer, Guest, Ring, memory},
     vsock::{
-        VsockDevice, VsockLimits,
+        Listener, VsockDevice, VsockLimits,
         packet::{HEADER_SIZE, HOST_CID, Header, TYPE_STREAM, op},
     },
 };
@@ -42,7 +42,7 @@ pub(super) enum Cut {
     Odd,
 }
 
-pub(super) type Incoming = Arc<Mutex<Vec<(u32, OwnedFd)>>>;
+pub(super) type Incoming = Arc<Mutex<Vec<(Listener, OwnedFd)>>>;
 
 /// A guest with a vsock device.
 pub(super) struct Vsock {
@@ -66,8 +66,8 @@ impl Vsock {
         let to = Arc::clone(&incoming);
         let device = VsockDevice::new(
             CID,
-            Box::new(move |port, stream| {
-                to.lock().unwrap().push((port, stream));
+            Box::new(move |listener, stream| {
+                to.lock().unwrap().push((listener, stream));
                 true
             }),
             limits,
@@ -106,6 +106,11 @@ impl Vsock {
 
     pub(super) fn device(&mut self) -> &mut VsockDevice {
         self.guest.transport.device_as().unwrap()
+    }
+
+    /// Listens on a port without a bound of its own.
+    pub(super) fn listen(&mut self, port: u32) {
+        self.device().listen(Listener { port, number: 0 }, u32::MAX);
     }
 
     pub(super) fn is_broken(&self) -> bool {
@@ -262,12 +267,12 @@ impl Vsock {
 
     /// Connects the guest to a port that the host listens on; gives the host's stream.
     pub(super) fn guest_connected(&mut self, host_port: u32, guest_port: u32) -> UnixStream {
-        self.device().listen(host_port);
+        self.listen(host_port);
         self.send(packet(op::REQUEST, host_port, guest_port), &[]);
         let (response, _) = self.receive().unwrap();
         assert_eq!((response.op, response.src_port), (op::RESPONSE, host_port));
-        let (port, stream) = self.incoming.lock().unwrap().pop().unwrap();
-        assert_eq!(port, host_port);
+        let (listener, stream) = self.incoming.lock().unwrap().pop().unwrap();
+        assert_eq!(listener.port, host_port);
         let stream = UnixStream::from(stream);
         stream.set_nonblocking(true).unwrap();
         stream

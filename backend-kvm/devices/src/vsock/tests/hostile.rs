@@ -114,7 +114,7 @@ impl World {
     fn new(cut: Cut) -> Self {
         let limits = VsockLimits { connections: 8, buffer: 16 << 10, ..VsockLimits::default() };
         let mut vsock = Vsock::new(cut, limits);
-        vsock.device().listen(5000);
+        vsock.listen(5000);
         Self { vsock, hosts: Vec::new() }
     }
 

@@ -147,7 +147,7 @@ impl World {
     fn new(cut: Cut, buf_alloc: u32, buffer: u32) -> Self {
         let limits = VsockLimits { connections: 24, buffer, ..VsockLimits::default() };
         let mut vsock = Vsock::new(cut, limits);
-        vsock.device().listen(LISTENED);
+        vsock.listen(LISTENED);
         Self {
             vsock,
             pairs: Vec::new(),
@@ -338,8 +338,8 @@ impl World {
 
     fn take_incoming(&mut self) {
         let incoming: Vec<_> = self.vsock.incoming.lock().unwrap().drain(..).collect();
-        for (port, stream) in incoming {
-            assert_eq!(port, LISTENED);
+        for (listener, stream) in incoming {
+            assert_eq!(listener.port, LISTENED);
             let stream = UnixStream::from(stream);
             stream.set_nonblocking(true).unwrap();
             // In the order in which the guest asked.

@@ -5,7 +5,7 @@ use crate::{
     device::VirtioDevice,
     testing::Buffer,
     vsock::{
-        VsockDevice, VsockLimits,
+        Listener, VsockDevice, VsockLimits,
         packet::{SHUTDOWN_RECEIVE, SHUTDOWN_SEND, op},
     },
 };
@@ -67,7 +67,7 @@ fn the_guest_reaches_a_port_that_is_listened_on_and_no_other() {
 #[test]
 fn an_owner_that_takes_nothing_has_the_guest_refused() {
     let mut device = VsockDevice::new(CID, Box::new(|_, _| false), VsockLimits::default()).unwrap();
-    device.listen(5000);
+    device.listen(Listener { port: 5000, number: 1 }, 16);
     let mut vsock = vsock();
     *vsock.device() = device;
     vsock.start();
@@ -400,7 +400,7 @@ fn turns_are_fair_when_the_guest_has_few_buffers() {
 fn storms_end_in_refusals_and_bounded_memory() {
     let limits = VsockLimits { connections: 64, ..VsockLimits::default() };
     let mut vsock = Vsock::new(Cut::One, limits);
-    vsock.device().listen(5000);
+    vsock.listen(5000);
     // The guest gives no buffer for answers.
     let mut sent = 0;
     while vsock.try_send(packet(op::REQUEST, 5000 + sent % 2, sent), &[]) {
@@ -437,12 +437,9 @@ fn a_reset_forgets_all_and_the_device_works_again() {
 fn a_restored_guest_is_told_that_its_connections_are_gone() {
     let mut vsock = vsock();
     let (mut host, _) = vsock.connected(9);
-    vsock.device().listen(7);
+    vsock.listen(7);
     let state = vsock.device().save();
-    assert_eq!(
-        (state.guest_cid, &state.listening[..], state.next_port),
-        (CID, &[7][..], (1 << 30) + 1)
-    );
+    assert_eq!((state.guest_cid, state.next_port), (CID, (1 << 30) + 1));
     // Saving changes nothing.
     host.write_all(b"on").unwrap();
     assert_eq!(vsock.receive().unwrap().1, b"on");
