@@ -376,15 +376,14 @@ impl Life {
             // A guest that resets its machine goes down in an orderly way; nothing boots it again.
             Some(End::PoweredOff | End::Reset) => MachineExit::PoweredOff,
             Some(End::Panicked) => MachineExit::Crashed(CrashReason::GuestPanic),
-            Some(End::Failed(_)) => MachineExit::Crashed(CrashReason::VmmDied),
+            Some(End::Failed(why)) => MachineExit::Failed(why.clone()),
             None if self.killed.load(Ordering::Acquire) => MachineExit::Killed,
             None => {
-                if state.broken.is_none() {
+                let why = state.broken.get_or_insert_with(|| {
                     let status = status.map_or_else(String::new, |status| format!(": {status}"));
-                    let words = self.words();
-                    state.broken = Some(format!("the launcher ended unasked{status}{words}"));
-                }
-                MachineExit::Crashed(CrashReason::VmmDied)
+                    format!("the launcher ended unasked{status}{}", self.words())
+                });
+                MachineExit::Failed(why.clone())
             }
         }
     }

@@ -192,8 +192,8 @@ fn the_last_word_decides_how_a_machine_ended() {
         (Some(End::PoweredOff), MachineExit::PoweredOff),
         (Some(End::Reset), MachineExit::PoweredOff),
         (Some(End::Panicked), MachineExit::Crashed(CrashReason::GuestPanic)),
-        (Some(End::Failed("odd".to_owned())), MachineExit::Crashed(CrashReason::VmmDied)),
-        (None, MachineExit::Crashed(CrashReason::VmmDied)),
+        (Some(End::Failed("odd".to_owned())), MachineExit::Failed("odd".to_owned())),
+        (None, MachineExit::Failed("the launcher ended unasked: exit status: 0".to_owned())),
     ];
     for (end, wanted) in ends {
         run(async {

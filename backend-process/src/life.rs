@@ -26,7 +26,6 @@ use std::{
 use tokio::sync::watch;
 use vm_core::machine::{MachineError, MachineExit, MachineStats};
 use vm_guest_agent::linux::{launch, proc_table, remove_tree};
-use vm_trait::CrashReason;
 
 /// How long an agent whose lifeline was cut may take to clean up before it is killed.
 const AGENT_GRACE: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
@@ -155,7 +154,8 @@ impl Life {
         let exit = match code {
             Some(0) => MachineExit::PoweredOff,
             _ if self.killed.load(Ordering::Acquire) => MachineExit::Killed,
-            _ => MachineExit::Crashed(CrashReason::VmmDied),
+            Some(code) => MachineExit::Failed(format!("the agent ended with status {code}")),
+            None => MachineExit::Failed("the agent was killed".to_owned()),
         };
         *running = None;
         self.phase.send_replace(Phase::Ended(exit));

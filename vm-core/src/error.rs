@@ -30,5 +30,6 @@ pub(crate) fn kind_of_exit(exit: &MachineExit) -> VmErrorKind {
             VmErrorKind::GuestCrashed { reason: CrashReason::GuestPanic }
         }
         MachineExit::Crashed(reason) => VmErrorKind::VmmCrashed { reason: reason.to_string() },
+        MachineExit::Failed(why) => VmErrorKind::VmmCrashed { reason: why.clone() },
     }
 }

@@ -173,6 +173,21 @@ pub enum MachineExit {
     Killed,
     /// It crashed.
     Crashed(CrashReason),
+    /// What runs it died or could not go on: why, for people. Its VM is then Crashed with
+    /// [`VmmDied`](CrashReason::VmmDied).
+    Failed(String),
+}
+
+impl MachineExit {
+    /// Gives the reason with which its VM is Crashed; `None` where it is Stopped.
+    #[must_use]
+    pub fn crash(&self) -> Option<CrashReason> {
+        match self {
+            Self::PoweredOff => None,
+            Self::Killed | Self::Failed(_) => Some(CrashReason::VmmDied),
+            Self::Crashed(reason) => Some(reason.clone()),
+        }
+    }
 }
 
 /// What a machine counts.

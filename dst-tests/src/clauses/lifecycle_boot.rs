@@ -51,7 +51,7 @@ fn boot_failed(error: &VmError) -> Option<&str> {
 }
 
 async fn boot_hang(ctx: &Context) -> Verdict {
-    let deadline = boot_time(ctx).await? * u32::try_from(ctx.draw(4, 20)).unwrap_or(4);
+    let deadline = boot_time(ctx).await? * u32::try_from(ctx.draw(2, 4)).unwrap_or(2);
     let vm = made(ctx, |config| config.timeouts.boot = deadline).await?;
     let ordered = order(ctx, FaultOrder::next(FaultKind::BootHang).on(vm.id()))?;
     let begun = ctx.now();

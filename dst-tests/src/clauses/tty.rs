@@ -32,7 +32,8 @@ pub(super) const CLAUSES: &[Clause] = &[
 ];
 
 fn size(ctx: &Context) -> TtySize {
-    let draw = |most| u16::try_from(ctx.draw(1, most)).unwrap_or(1);
+    // `stty` of BusyBox takes 1 for a size that nobody set, and says 24 or 80.
+    let draw = |most| u16::try_from(ctx.draw(2, most)).unwrap_or(2);
     TtySize { rows: draw(500), cols: draw(1000) }
 }
 

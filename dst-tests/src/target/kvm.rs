@@ -47,9 +47,17 @@ const ROOT_VARIABLE: &str = "TWINVM_ROOT";
 const LIMITS: Limits =
     Limits { check: Duration::from_secs(300), leftovers: Duration::from_secs(60) };
 
-/// What lists the programs of a guest, but for its kernel's threads, its first process and the lister itself.
-const LIST_PROGRAMS: &str = "for p in /proc/[0-9]*; do n=${p#/proc/}; [ $n = 1 ] && continue; \
-    [ $n = $$ ] && continue; e=$(readlink $p/exe) && [ -n \"$e\" ] && [ -d $p ] && echo \"$n $e\"; done; true";
+/// What lists the programs of a guest, but for its kernel's threads, its first process and the lister itself, with one
+/// program for all of them: each start of one takes tens of milliseconds under software emulation.
+const LIST_PROGRAMS: &str = r#"
+set -- /proc/[0-9]*/exe
+links=$(ls -l "$@" 2>/dev/null)
+printf '%s\n' "$links" | while read -r line; do
+    case $line in
+    *" /proc/1/exe -> "* | *" /proc/$$/exe -> "*) ;;
+    *" -> "*) echo "${line#* /proc/}" ;;
+    esac
+done"#;
 
 /// Machines of KVM, each in a launcher process of its own, in real time.
 ///

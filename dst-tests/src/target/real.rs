@@ -35,6 +35,10 @@ const NO_INIT: &str = "rdinit=/there/is/none init=/there/is/none root=";
 /// How long a slow boot is held up where the order does not say.
 const SLOW_BOOT: Duration = Duration::from_secs(3);
 
+/// How often, and how many times, the console of a boot that is to hang is looked at.
+const LOOK_PAUSE: Duration = Duration::from_millis(10);
+const FIRST_WORD_LOOKS: u32 = 500;
+
 /// Finds the process that runs a VM's machine.
 pub(super) type FindPid = dyn Fn(VmId) -> Option<u32> + Send + Sync;
 
@@ -267,6 +271,17 @@ struct FaultyMachine {
 }
 
 impl FaultyMachine {
+    /// Stops the launcher once its guest has said something, as long as it can be expected to.
+    async fn freeze_amid_boot(&self) {
+        for _ in 0..FIRST_WORD_LOOKS {
+            if !self.inner.console().is_empty() {
+                break;
+            }
+            self.faults.env.sleep(LOOK_PAUSE).await;
+        }
+        self.freeze();
+    }
+
     fn freeze(&self) {
         self.faults.signal(self.vm, rustix::process::Signal::STOP);
     }
@@ -277,7 +292,7 @@ impl Machine for FaultyMachine {
     async fn boot(&self) -> Result<(), MachineError> {
         self.inner.boot().await?;
         if self.faults.strike(FaultKind::BootHang, self.vm).is_some() {
-            self.freeze();
+            self.freeze_amid_boot().await;
         } else if let Some(order) = self.faults.strike(FaultKind::BootSlow, self.vm) {
             self.freeze();
             let (faults, vm) = (self.faults.clone(), self.vm);

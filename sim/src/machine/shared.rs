@@ -31,7 +31,7 @@ use vm_core::{
     fault::FaultKind,
     machine::{MachineError, MachineExit, MachineSpec, MachineStatus},
 };
-use vm_trait::{CrashReason, VmId};
+use vm_trait::VmId;
 
 /// A message takes this long from the host to the guest.
 const LATENCY: (Duration, Duration) = (Duration::from_micros(20), Duration::from_micros(400));
@@ -392,7 +392,7 @@ impl Shared {
                     guest.act_again(now);
                 }
                 FaultKind::VmmKilled => {
-                    progress.exit.get_or_insert(MachineExit::Crashed(CrashReason::VmmDied));
+                    progress.exit.get_or_insert(MachineExit::Failed("it was killed".to_owned()));
                 }
                 FaultKind::HostLost => aftermath.host_lost = true,
                 FaultKind::ClockForward | FaultKind::ClockBack => {

@@ -243,11 +243,7 @@ impl Actor {
 
     /// The machine ended by itself: says so, then frees what is left of it.
     pub(super) async fn ended(&mut self, exit: MachineExit) {
-        let input = match &exit {
-            MachineExit::PoweredOff => StateInput::PoweredOff,
-            MachineExit::Killed => StateInput::Crashed(CrashReason::VmmDied),
-            MachineExit::Crashed(reason) => StateInput::Crashed(reason.clone()),
-        };
+        let input = exit.crash().map_or(StateInput::PoweredOff, StateInput::Crashed);
         let (client, life) = {
             let shared = self.core.lock();
             (shared.client.clone(), shared.life.clone())

@@ -55,6 +55,7 @@ impl Actor {
                 MachineExit::PoweredOff => "the guest powered off".to_owned(),
                 MachineExit::Killed => "the VMM process was killed".to_owned(),
                 MachineExit::Crashed(reason) => reason.to_string(),
+                MachineExit::Failed(why) => format!("{}: {why}", CrashReason::VmmDied),
             },
             Failure::Machine(error) => error.to_string(),
             Failure::Guest(kind) => kind.to_string(),
