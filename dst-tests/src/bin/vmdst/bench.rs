@@ -103,6 +103,7 @@ fn kvm_text(measured: &KvmMeasured) -> String {
     let mut line = |what: &str, value: String| {
         let _ = writeln!(text, "  {what:32} {value}");
     };
+    line("launcher", measured.launcher.clone());
     for stage in KvmBench::STAGES {
         let took = measured.stages_ms.get(stage).copied().unwrap_or(f64::NAN);
         line(stage, format!("{took:.1} ms"));

@@ -21,6 +21,8 @@ pub(super) struct Outflow {
     limit: u64,
     /// Nothing is added any more.
     ended: bool,
+    /// `Eof` waits for the end of the process, to travel with it.
+    eof_held: bool,
     /// `Eof` was sent on this connection.
     eof_sent: bool,
     /// The connection was lost and the host has not said where to go on.
@@ -66,6 +68,11 @@ impl Outflow {
 
     pub(super) fn finish(&mut self) {
         self.ended = true;
+    }
+
+    /// Lets `Eof` wait, or not wait any more.
+    pub(super) fn hold_eof(&mut self, held: bool) {
+        self.eof_held = held;
     }
 
     /// Drops the oldest bytes above `most`; for a process that nobody reads.
@@ -149,7 +156,7 @@ impl Outflow {
             encode_data(stream, channel, self.sent, &self.kept[at..at + count], out);
             self.sent += count as u64;
         }
-        if self.ended && self.sent == end {
+        if self.ended && !self.eof_held && self.sent == end {
             encode(stream, &Frame::Eof { channel, offset: end }, out);
             self.eof_sent = true;
         }

@@ -23,6 +23,10 @@ const MAX_ENDED: usize = 64;
 /// latter is as much as a pipe holds at most, so what comes after it was not written by the process.
 const PULL_BOUND: usize = 1 << 20;
 
+/// How long the end of an output waits for that of the process, with which it mostly comes: one message is cheaper than
+/// three.
+const EOF_PATIENCE: Duration = Duration::from_millis(5);
+
 const OUTPUTS: [Output; 2] = [Output::Stdout, Output::Stderr];
 const SIGKILL: u8 = 9;
 
@@ -39,6 +43,8 @@ pub(super) struct Process {
     started: Duration,
     deadline: Option<Duration>,
     timed_out: bool,
+    /// When the host is told at the latest that an output has ended.
+    eof_due: Option<Duration>,
     exit: Option<ProcessExit>,
     /// Bytes of each output that were read after the end.
     drained: [usize; 2],
@@ -88,6 +94,7 @@ impl Process {
             started: now,
             deadline: origin.timeout.and_then(|timeout| now.checked_add(timeout)),
             timed_out: false,
+            eof_due: None,
             exit: None,
             drained: [0; 2],
             reader: Some(reader),
@@ -137,6 +144,11 @@ impl Process {
         }
     }
 
+    /// When it has to be looked after though nothing else happens.
+    fn due(&self) -> Option<Duration> {
+        [self.deadline(), self.eof_due].into_iter().flatten().min()
+    }
+
     /// When its time runs out.
     fn deadline(&self) -> Option<Duration> {
         self.deadline.filter(|_| self.exit.is_none() && !self.timed_out && !self.doomed)
@@ -172,7 +184,17 @@ impl Process {
             }
         }
         for output in 0..2 {
+            let ended = self.outs[output].is_ended();
             changed |= self.pull(output, os, config);
+            if self.exit.is_none() && self.outs[output].is_ended() && !ended {
+                self.outs[output].hold_eof(true);
+                self.eof_due.get_or_insert(now.saturating_add(EOF_PATIENCE));
+            }
+        }
+        if self.eof_due.is_some_and(|due| self.exit.is_some() || now >= due) {
+            self.eof_due = None;
+            self.outs.iter_mut().for_each(|out| out.hold_eof(false));
+            changed = true;
         }
         changed | self.feed(os)
     }
@@ -417,7 +439,7 @@ impl Processes {
     }
 
     pub(super) fn next_deadline(&self) -> Option<Duration> {
-        self.live.iter().filter_map(|id| self.all.get(id)?.deadline()).min()
+        self.live.iter().filter_map(|id| self.all.get(id)?.due()).min()
     }
 
     pub(super) fn interest(&self, config: &AgentConfig) -> Vec<ChildInterest> {

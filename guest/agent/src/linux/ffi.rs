@@ -4,15 +4,32 @@
 #![allow(unsafe_code)]
 
 use crate::os::{Errno, SysResult};
+use rustix::{
+    io::retry_on_intr,
+    process::{Pid, WaitOptions, waitpid},
+};
 use std::{
     ffi::CString,
     io,
+    mem::MaybeUninit,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     ptr,
+    sync::atomic::{AtomicI32, Ordering},
 };
 
 /// The highest signal number of Linux.
-pub(super) const MAX_SIGNAL: i32 = 64;
+const MAX_SIGNAL: i32 = 64;
+
+/// Every signal of Linux.
+pub(super) fn all_signals() -> Vec<i32> {
+    (1..=MAX_SIGNAL).collect()
+}
+
+/// How long the kernel's sets of signals are.
+const SET_SIZE: usize = 8;
+
+/// How much stack there is between vfork and exec.
+const STACK: usize = 32 << 10;
 
 /// Sends a signal to a process, or with a negative `pid` to a group, or with -1 to all.
 pub(super) fn kill(pid: i32, signal: u8) -> SysResult<()> {
@@ -77,21 +94,87 @@ pub(super) fn next_signal(fd: BorrowedFd<'_>) -> Option<i32> {
     }
 }
 
-/// Gives every signal its default meaning and unblocks all. Safe between fork and exec.
-pub(super) fn reset_signals() {
+/// Lists the signals that this process ignores or handles.
+pub(super) fn changed_signals() -> Vec<i32> {
+    let none = ptr::null::<libc::c_void>();
+    let changed = |signal: &i32| {
+        // The kernel's `sigaction`, whose first word is the handler; 0 is SIG_DFL.
+        let mut action = [0_u64; 4];
+        let place = action.as_mut_ptr();
+        // SAFETY: `action` is at least as long as the structure that is written; nothing is changed.
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, *signal, none, place, SET_SIZE) };
+        action[0] != 0
+    };
+    (1..=MAX_SIGNAL).filter(changed).collect()
+}
+
+/// Gives signals their default meaning and unblocks all. Safe between vfork and exec.
+pub(super) fn reset_signals(signals: &[i32]) {
     // The kernel's `sigaction`, not the C library's, which keeps some signals for itself: all zeroes is SIG_DFL.
     let default = [0_u64; 4];
     let none = ptr::null_mut::<libc::c_void>();
-    for signal in 1..=MAX_SIGNAL {
+    for signal in signals {
         // SAFETY: `default` is at least as long as the structure that is read; KILL and STOP are refused.
-        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), none, 8_usize) };
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, *signal, default.as_ptr(), none, SET_SIZE) };
     }
-    let set = empty_signal_set();
-    // SAFETY: `set` is an initialised set, and the old mask is not asked for.
-    unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const set, ptr::null_mut()) };
+    swap_signal_mask(0);
 }
 
-/// Marks every descriptor above the standard three to be closed by exec. Safe between fork and exec.
+/// Blocks the signals of a set on this thread, and no others; gives those that were blocked before.
+fn swap_signal_mask(set: u64) -> u64 {
+    let mut before = 0_u64;
+    let how = libc::SIG_SETMASK;
+    // SAFETY: both sets are as long as the kernel's, and local. The C library's form would leave its own signals out.
+    unsafe {
+        libc::syscall(libc::SYS_rt_sigprocmask, how, &raw const set, &raw mut before, SET_SIZE)
+    };
+    before
+}
+
+/// Runs `steps` in a new process until that becomes a program, and gives its pid; where `steps` returns, what it returns
+/// is the errno, and no process is left.
+///
+/// The new process shares this one's memory, so that nothing of it is copied; this thread stands still meanwhile, with
+/// all signals blocked.
+///
+/// # Safety
+/// `steps` runs beside this process's other threads while this one stands still, with signals blocked until it unblocks
+/// them: it must make system calls only, on this process's memory as it is, take no lock and not allocate, and it must
+/// reset every signal that has a handler before it unblocks any.
+pub(super) unsafe fn vfork(steps: &dyn Fn() -> i32) -> SysResult<Pid> {
+    struct Call<'a> {
+        steps: &'a dyn Fn() -> i32,
+        failure: AtomicI32,
+    }
+    extern "C" fn run(call: *mut libc::c_void) -> libc::c_int {
+        // SAFETY: vfork passes a Call that lives until this process is a program or has ended.
+        let call = unsafe { &*call.cast::<Call<'_>>() };
+        call.failure.store((call.steps)(), Ordering::Relaxed);
+        1
+    }
+    let call = Call { steps, failure: AtomicI32::new(0) };
+    // In words of the alignment that stacks have.
+    let mut stack = [MaybeUninit::<u128>::uninit(); STACK / size_of::<u128>()];
+    let top = stack.as_mut_ptr_range().end;
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+    let mask = swap_signal_mask(u64::MAX);
+    let argument = (&raw const call).cast_mut().cast();
+    // SAFETY: the new process runs on a stack of its own, and this one goes on only when that is not used any more.
+    let pid = unsafe { libc::clone(run, top.cast(), flags, argument) };
+    let cloned = check(pid);
+    swap_signal_mask(mask);
+    cloned?;
+    let pid = Pid::from_raw(pid).ok_or(Errno::SRCH)?;
+    match call.failure.load(Ordering::Relaxed) {
+        0 => Ok(pid),
+        failure => {
+            let _ = retry_on_intr(|| waitpid(Some(pid), WaitOptions::empty()));
+            Err(Errno(failure))
+        }
+    }
+}
+
+/// Marks every descriptor above the standard three to be closed by exec. Safe between vfork and exec.
 pub(super) fn close_others_on_exec() {
     const CLOSE_ON_EXEC: libc::c_uint = 4;
     let (first, last): (libc::c_uint, libc::c_uint) = (3, libc::c_uint::MAX);
@@ -131,13 +214,13 @@ impl ExecImage {
         Ok(Self { path: text(path)?, argv: list(argv), envp: list(envp), _strings: strings })
     }
 
-    /// Becomes the program; returns only the error. Safe between fork and exec.
-    pub(super) fn execute(&self) -> io::Error {
+    /// Becomes the program; returns only the errno. Safe between vfork and exec.
+    pub(super) fn execute(&self) -> i32 {
         // SAFETY: path, argv and envp are NUL-terminated strings and NULL-terminated lists that `self` keeps alive.
         unsafe {
             libc::execve(self.path.as_ptr(), self.argv.as_ptr(), self.envp.as_ptr());
         }
-        io::Error::last_os_error()
+        io::Error::last_os_error().raw_os_error().unwrap_or(Errno::IO.0)
     }
 }
 

@@ -53,6 +53,10 @@ pub struct LinuxOs {
     scope: Scope,
     children: BTreeMap<Child, Held>,
     next_child: u64,
+    /// The signals that a program must have reset before it starts.
+    signals: Vec<i32>,
+    /// What outputs are read into.
+    buffer: Box<[u8]>,
     /// Children that nobody asks after any more and that are not reaped yet.
     released: BTreeSet<i32>,
     files: files::Files,
@@ -79,10 +83,17 @@ impl LinuxOs {
     /// Makes an agent's view of the operating system.
     #[must_use]
     pub fn new(scope: Scope) -> Self {
+        let signals = match scope {
+            // Nothing in an agent's own process changes them afterwards.
+            Scope::Machine | Scope::Descendants => ffi::changed_signals(),
+            Scope::Children => ffi::all_signals(),
+        };
         Self {
             scope,
             children: BTreeMap::new(),
             next_child: 1,
+            signals,
+            buffer: vec![0; READ_MAX].into_boxed_slice(),
             released: BTreeSet::new(),
             files: files::Files::default(),
             ending: Ending::default(),
@@ -230,7 +241,7 @@ impl GuestOs for LinuxOs {
     }
 
     fn spawn(&mut self, spec: &SpawnSpec) -> SysResult<Spawned> {
-        let started = spawn::spawn(spec, self.scope)?;
+        let started = spawn::spawn(spec, self.scope, &self.signals)?;
         let child = Child(self.next_child);
         self.next_child += 1;
         let pid = started.pid;
@@ -241,19 +252,16 @@ impl GuestOs for LinuxOs {
     }
 
     fn read_output(&mut self, child: Child, output: Output, max: usize) -> SysResult<ReadOutcome> {
-        let held = self.held(child)?;
+        let held = self.children.get_mut(&child).ok_or(Errno::SRCH)?;
         held.type_on();
         let Some(fd) = held.ends.output(output) else {
             return Ok(ReadOutcome::Eof);
         };
-        let mut buffer = vec![0; max.min(READ_MAX)];
-        match retry_on_intr(|| rustix::io::read(fd, &mut buffer)) {
+        let buffer = &mut self.buffer[..max.min(READ_MAX)];
+        match retry_on_intr(|| rustix::io::read(fd, &mut *buffer)) {
             Ok(0) if max > 0 => Ok(ReadOutcome::Eof),
             Ok(0) | Err(Sys::AGAIN) => Ok(ReadOutcome::WouldBlock),
-            Ok(read) => {
-                buffer.truncate(read);
-                Ok(ReadOutcome::Data(Bytes::from(buffer)))
-            }
+            Ok(read) => Ok(ReadOutcome::Data(Bytes::copy_from_slice(&buffer[..read]))),
             // How a terminal says that its last user is gone.
             Err(Sys::IO) if held.ends.terminal().is_some() => Ok(ReadOutcome::Eof),
             Err(error) => Err(errno(error)),

@@ -110,9 +110,15 @@ pub fn serve(listener: &Listener, config: ServeConfig) -> io::Result<Ended> {
         connections: BTreeMap::new(),
         next_connection: 1,
         accept_paused: false,
+        buffer: vec![0; READ_SIZE].into_boxed_slice(),
     };
+    let mut ended = false;
     loop {
         let busy = agent.turn();
+        if std::mem::take(&mut ended) {
+            // Not before the core has let go of its own children, among which orphans would be hard to find.
+            agent.os.reap();
+        }
         if agent.os.powered_off() {
             agent.flush();
             return Ok(Ended::PoweredOff);
@@ -122,14 +128,12 @@ pub fn serve(listener: &Listener, config: ServeConfig) -> io::Result<Ended> {
             return Ok(Ended::OwnerGone);
         }
         if ready.signals {
-            while let Some(signal) = ffi::next_signal(signals.as_fd()) {
-                match (signal, config.scope) {
-                    (libc::SIGCHLD, _) => {}
-                    (_, Scope::Machine) => agent.end_machine(signal),
-                    _ => return Ok(Ended::Signaled(signal)),
-                }
+            // Where there is another one, the descriptor stays readable.
+            match (ffi::next_signal(signals.as_fd()), config.scope) {
+                (Some(libc::SIGCHLD) | None, _) => ended = true,
+                (Some(signal), Scope::Machine) => agent.end_machine(signal),
+                (Some(signal), _) => return Ok(Ended::Signaled(signal)),
             }
-            agent.os.reap();
         }
         for (connection, readable) in ready.connections {
             agent.receive(connection, readable);
@@ -147,6 +151,8 @@ struct Agent {
     next_connection: u64,
     /// Whether the last accept ran out of something, so that the listener must be left alone for a moment.
     accept_paused: bool,
+    /// What connections are read into.
+    buffer: Box<[u8]>,
 }
 
 struct Connection {
@@ -176,22 +182,22 @@ enum Source {
 }
 
 impl Agent {
-    /// Lets the core work and sends what it has to say; says whether there may be more to do at once.
+    /// Sends what the core has to say and lets it work; says whether there may be more to do at once.
     fn turn(&mut self) -> bool {
+        self.flush();
         let changed = self.core.advance(&mut self.os);
-        let sent = self.flush();
+        self.flush();
         for connection in self.core.to_close() {
             let waiting = self.core.outgoing(connection).is_some_and(|bytes| !bytes.is_empty());
             if !waiting {
                 self.drop_connection(connection);
             }
         }
-        changed || sent
+        changed
     }
 
-    /// Sends what can be sent without waiting; says whether anything was.
-    fn flush(&mut self) -> bool {
-        let mut sent = false;
+    /// Sends what can be sent without waiting.
+    fn flush(&mut self) {
         let mut lost = Vec::new();
         for (id, Connection { socket, .. }) in &self.connections {
             let Some(bytes) = self.core.outgoing(*id) else {
@@ -200,10 +206,7 @@ impl Agent {
             while !bytes.is_empty() {
                 // A host that has hung up is an error here, not a signal.
                 match retry_on_intr(|| rustix::net::send(socket, bytes, SendFlags::NOSIGNAL)) {
-                    Ok(count) => {
-                        bytes.advance(count);
-                        sent = true;
-                    }
+                    Ok(count) => bytes.advance(count),
                     Err(Sys::AGAIN) => break,
                     Err(_) => {
                         lost.push(*id);
@@ -215,7 +218,6 @@ impl Agent {
         for id in lost {
             self.drop_connection(id);
         }
-        sent
     }
 
     /// Waits until something is to do, or not at all when `busy`.
@@ -314,13 +316,12 @@ impl Agent {
             self.drop_connection(id);
             return;
         }
-        let mut buffer = vec![0; READ_SIZE];
-        match retry_on_intr(|| rustix::io::read(&connection.socket, &mut buffer)) {
+        match retry_on_intr(|| rustix::io::read(&connection.socket, &mut *self.buffer)) {
             Err(Sys::AGAIN) => {}
             Ok(0) | Err(_) => self.drop_connection(id),
             Ok(read) => {
                 connection.heard = true;
-                if self.core.received(id, &buffer[..read], &mut self.os).is_err() {
+                if self.core.received(id, &self.buffer[..read], &mut self.os).is_err() {
                     // What it still has to say, such as why, goes out first if it can.
                     self.flush();
                     self.drop_connection(id);

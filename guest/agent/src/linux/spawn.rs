@@ -1,4 +1,4 @@
-//! Starting a program: fork, the steps in the child, exec.
+//! Starting a program: vfork, the steps in the child, exec.
 #![allow(unsafe_code)]
 
 use super::{Scope, errno, ffi};
@@ -9,16 +9,12 @@ use rustix::{
     pipe::PipeFlags,
     process::{Pid, Signal},
     pty::OpenptFlags,
+    stdio::{dup2_stderr, dup2_stdin, dup2_stdout},
     termios::Winsize,
 };
 use std::{
-    ffi::{CStr, CString},
-    io,
-    os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::process::CommandExt,
-    },
-    process::{Command, Stdio},
+    ffi::CString,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     time::Duration,
 };
 use vm_guest_protocol::TermSize;
@@ -71,12 +67,12 @@ impl Ends {
     }
 }
 
-/// Starts a program as leader of its own session. In [`Scope::Descendants`] the kernel kills it when this thread ends;
-/// in [`Scope::Machine`] it is not spared, as the agent is, when memory runs out.
-pub(super) fn spawn(spec: &SpawnSpec, scope: Scope) -> SysResult<Started> {
+/// Starts a program as leader of its own session, with every signal at its default: `signals` names those that are not
+/// in this process. In [`Scope::Descendants`] the kernel kills it when this thread ends.
+pub(super) fn spawn(spec: &SpawnSpec, scope: Scope, signals: &[i32]) -> SysResult<Started> {
     let mut tries = 0;
     loop {
-        match spawn_once(spec, scope) {
+        match spawn_once(spec, scope, signals) {
             // Another process may hold the file for a moment between its fork and its exec.
             Err(Errno(code)) if code == Sys::TXTBSY.raw_os_error() && tries < BUSY_TRIES => {
                 tries += 1;
@@ -93,26 +89,18 @@ pub(super) fn set_size(master: BorrowedFd<'_>, size: TermSize) -> SysResult<()> 
     rustix::termios::tcsetwinsize(master, size).map_err(errno)
 }
 
-fn spawn_once(spec: &SpawnSpec, scope: Scope) -> SysResult<Started> {
+fn spawn_once(spec: &SpawnSpec, scope: Scope, signals: &[i32]) -> SysResult<Started> {
     let image = ffi::ExecImage::new(&spec.path, &spec.argv, &spec.env)?;
     let cwd = CString::new(spec.cwd.as_str()).map_err(|_| Errno::INVAL)?;
-    let mut command = Command::new(&spec.path);
-    command.env_clear();
-    let (ends, terminal) = match spec.tty {
-        Some(size) => (attach_terminal(&mut command, size)?, true),
-        None => (attach_pipes(&mut command, spec.stdin)?, false),
+    let (ends, theirs) = match spec.tty {
+        Some(size) => terminal(size)?,
+        None => pipes(spec.stdin)?,
     };
     let ids = other_ids(spec)?;
     let parent = rustix::process::getpid();
-    let in_child = move || -> io::Result<()> {
+    let prepare = || -> rustix::io::Result<()> {
         rustix::process::setsid()?;
-        if terminal {
-            rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
-        }
-        if scope == Scope::Machine {
-            // Before the user changes, who could not write it. A kernel without it spares nobody.
-            let _ = write_own(c"/proc/self/oom_score_adj", b"0");
-        }
+        theirs.become_standard()?;
         if let Some((uid, gid)) = ids {
             become_user(uid, gid)?;
         }
@@ -120,35 +108,63 @@ fn spawn_once(spec: &SpawnSpec, scope: Scope) -> SysResult<Started> {
         if scope == Scope::Descendants {
             rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
             if rustix::process::getppid() != Some(parent) {
-                return Err(Sys::SRCH.into());
+                return Err(Sys::SRCH);
             }
         }
         rustix::process::umask(Mode::WGRP | Mode::WOTH);
-        ffi::reset_signals();
+        ffi::reset_signals(signals);
         ffi::close_others_on_exec();
-        // Not left to the library: execvp(3) would run a file without a known format as a shell script.
-        Err(image.execute())
+        Ok(())
     };
-    // SAFETY: between fork and exec the closure only makes system calls, on values laid out before the fork; it
-    // takes no lock and does not allocate.
-    unsafe { command.pre_exec(in_child) };
-    let child = command.spawn().map_err(|error| error_of(&error))?;
-    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(Errno::SRCH)?;
+    let steps = || match prepare() {
+        // Not left to the library: execvp(3) would run a file without a known format as a shell script.
+        Ok(()) => image.execute(),
+        Err(error) => error.raw_os_error(),
+    };
+    // SAFETY: the steps only make system calls, on values laid out before; they take no lock and do not allocate, and
+    // reset_signals leaves no handler of ours.
+    let pid = unsafe { ffi::vfork(&steps) }?;
     Ok(Started { pid, ends })
 }
 
-/// Becomes another user without supplementary groups, for good. Safe between fork and exec.
+/// A program's ends of its standard input and output, none of them a standard descriptor of ours.
+#[derive(Debug)]
+enum Theirs {
+    /// Pipes; without one for input it is `/dev/null`.
+    Pipes { stdin: Option<OwnedFd>, stdout: OwnedFd, stderr: OwnedFd },
+    /// The terminal, which becomes the session's.
+    Terminal(OwnedFd),
+}
+
+impl Theirs {
+    /// Makes them the standard descriptors of this process. Safe between vfork and exec.
+    fn become_standard(&self) -> rustix::io::Result<()> {
+        let (stdin, stdout, stderr) = match self {
+            Self::Pipes { stdin, stdout, stderr } => (stdin.as_ref(), stdout, stderr),
+            Self::Terminal(slave) => (Some(slave), slave, slave),
+        };
+        match stdin {
+            Some(stdin) => dup2_stdin(stdin)?,
+            None => {
+                let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+                dup2_stdin(rustix::fs::open(c"/dev/null", flags, Mode::empty())?)?;
+            }
+        }
+        dup2_stdout(stdout)?;
+        dup2_stderr(stderr)?;
+        match self {
+            Self::Pipes { .. } => Ok(()),
+            Self::Terminal(_) => rustix::process::ioctl_tiocsctty(rustix::stdio::stdin()),
+        }
+    }
+}
+
+/// Becomes another user without supplementary groups, for good. Safe between vfork and exec.
 fn become_user(uid: u32, gid: u32) -> rustix::io::Result<()> {
     let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
     rustix::thread::set_thread_groups(&[])?;
     rustix::thread::set_thread_res_gid(gid, gid, gid)?;
     rustix::thread::set_thread_res_uid(uid, uid, uid)
-}
-
-/// Writes to a file of the kernel's about this process. Safe between fork and exec.
-fn write_own(path: &CStr, bytes: &[u8]) -> rustix::io::Result<usize> {
-    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
-    rustix::io::write(rustix::fs::open(path, flags, Mode::empty())?, bytes)
 }
 
 /// Gives the user to become, or `None` where that is what we are.
@@ -163,44 +179,42 @@ fn other_ids(spec: &SpawnSpec) -> SysResult<Option<(u32, u32)>> {
     if own == (uid, gid) { Ok(None) } else { Err(Errno::PERM) }
 }
 
-fn attach_pipes(command: &mut Command, stdin: bool) -> SysResult<Ends> {
-    let stdin = if stdin {
-        let (reader, writer) = pipe()?;
-        command.stdin(Stdio::from(reader));
-        Some(ours(writer)?)
-    } else {
-        command.stdin(Stdio::null());
-        None
+fn pipes(stdin: bool) -> SysResult<(Ends, Theirs)> {
+    let input = if stdin { Some(pipe()?) } else { None };
+    let (input, output, error) = (input, pipe()?, pipe()?);
+    let (reader, writer) = match input {
+        Some((reader, writer)) => (Some(reader), Some(not_waiting(writer)?)),
+        None => (None, None),
     };
-    let (stdout, writer) = pipe()?;
-    command.stdout(Stdio::from(writer));
-    let (stderr, writer) = pipe()?;
-    command.stderr(Stdio::from(writer));
-    Ok(Ends::Pipes { stdin, stdout: Some(ours(stdout)?), stderr: Some(ours(stderr)?) })
+    let (stdout, stderr) = (not_waiting(output.0)?, not_waiting(error.0)?);
+    let ours = Ends::Pipes { stdin: writer, stdout: Some(stdout), stderr: Some(stderr) };
+    Ok((ours, Theirs::Pipes { stdin: reader, stdout: output.1, stderr: error.1 }))
 }
 
-fn attach_terminal(command: &mut Command, size: TermSize) -> SysResult<Ends> {
+fn terminal(size: TermSize) -> SysResult<(Ends, Theirs)> {
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let master = rustix::pty::openpt(flags).map_err(errno)?;
     rustix::pty::unlockpt(&master).map_err(errno)?;
-    let slave = rustix::pty::ioctl_tiocgptpeer(&master, flags).map_err(errno)?;
+    let slave = not_standard(rustix::pty::ioctl_tiocgptpeer(&master, flags).map_err(errno)?)?;
     set_size(master.as_fd(), size)?;
-    command.stdin(Stdio::from(slave.try_clone().map_err(|error| error_of(&error))?));
-    command.stdout(Stdio::from(slave.try_clone().map_err(|error| error_of(&error))?));
-    command.stderr(Stdio::from(slave));
-    Ok(Ends::Terminal(ours(master)?))
+    Ok((Ends::Terminal(not_waiting(master)?), Theirs::Terminal(slave)))
 }
 
 fn pipe() -> SysResult<(OwnedFd, OwnedFd)> {
-    rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(errno)
+    let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(errno)?;
+    Ok((not_standard(reader)?, not_standard(writer)?))
 }
 
-fn ours(end: OwnedFd) -> SysResult<OwnedFd> {
-    let flags = rustix::fs::fcntl_getfl(&end).map_err(errno)?;
-    rustix::fs::fcntl_setfl(&end, flags | OFlags::NONBLOCK).map_err(errno)?;
+/// Moves a descriptor out of the way of the program's standard ones, in a process that has closed its own.
+fn not_standard(fd: OwnedFd) -> SysResult<OwnedFd> {
+    if fd.as_raw_fd() > 2 {
+        return Ok(fd);
+    }
+    rustix::io::fcntl_dupfd_cloexec(fd, 3).map_err(errno)
+}
+
+/// Makes reading or writing through a descriptor of ours never wait; a new one has no other flag to keep.
+fn not_waiting(end: OwnedFd) -> SysResult<OwnedFd> {
+    rustix::fs::fcntl_setfl(&end, OFlags::NONBLOCK).map_err(errno)?;
     Ok(end)
-}
-
-fn error_of(error: &io::Error) -> Errno {
-    Errno(error.raw_os_error().unwrap_or(Errno::IO.0))
 }

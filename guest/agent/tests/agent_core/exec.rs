@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use std::time::Duration;
 use vm_guest_agent::{
     core::{AgentConfig, Violation},
-    os::Errno,
+    os::{ChildExit, Errno},
 };
 use vm_guest_protocol::{
     Channel, ExecSpec, Frame, GuestErrorKind as Kind, ProcessExit, Request, TermSize, UserSpec,
@@ -55,6 +55,32 @@ fn a_program_is_started_as_asked_and_its_end_comes_last() {
     assert_eq!(spec.env.len(), 2);
     assert!(host.os.procs.iter().all(|process| process.released));
     assert!(host.streams[&second].outs[0].bytes.is_empty(), "nothing is in the environment");
+}
+
+#[test]
+fn the_end_of_an_output_waits_a_moment_for_that_of_the_program() {
+    for alone in [true, false] {
+        let mut host = Host::new();
+        let id = host.open(Request::Exec(exec(&["mute"])));
+        host.settle();
+        let ends = |host: &Host| host.streams[&id].outs.each_ref().map(|out| out.eof);
+        assert_eq!(host.streams[&id].outs[0].bytes, b"that is all");
+        assert_eq!(ends(&host), [false, false]);
+        let due = host.core.next_deadline().unwrap();
+        assert!(due <= host.os.now + Duration::from_millis(5));
+        if alone {
+            host.os.now = due;
+            host.settle();
+            assert_eq!(ends(&host), [true, true]);
+            assert!(host.streams[&id].end.is_none());
+        }
+        assert_eq!(host.core.next_deadline().is_none(), alone);
+        host.os.procs[0].exit = Some(ChildExit::Exited(4));
+        host.settle();
+        assert_eq!(ends(&host), [true, true]);
+        assert_eq!(exit_of(&host, id).code, Some(4));
+        assert_eq!(host.core.next_deadline(), None);
+    }
 }
 
 #[test]

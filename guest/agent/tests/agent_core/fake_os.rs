@@ -47,6 +47,8 @@ pub(crate) struct Proc {
     pub(crate) exit: Option<ChildExit>,
     /// A grandchild that keeps the outputs open.
     held: bool,
+    /// It has closed its outputs, though it runs.
+    shut: bool,
     pipe: usize,
     pub(crate) released: bool,
     pub(crate) size: Option<TermSize>,
@@ -86,7 +88,7 @@ impl FakeOs {
         for dir in ["/bin", "/usr", "/usr/bin", "/etc", "/tmp"] {
             os.put(dir, Body::Dir, 0o755);
         }
-        for program in ["echo", "cat", "gen", "sleep", "leak", "flood", "deaf", "env"] {
+        for program in ["echo", "cat", "gen", "sleep", "leak", "flood", "deaf", "env", "mute"] {
             os.put(&format!("/bin/{program}"), Body::File(Vec::new()), 0o755);
         }
         os
@@ -225,6 +227,10 @@ impl Proc {
                 }
             }
             "gen" => self.generate(),
+            "mute" if !self.shut => {
+                self.outs[0].extend(b"that is all");
+                self.shut = true;
+            }
             "leak" | "flood" => {
                 self.outs[0].extend(b"last words");
                 self.held = true;
@@ -277,6 +283,7 @@ impl GuestOs for FakeOs {
             signals: Vec::new(),
             exit: None,
             held: false,
+            shut: false,
             pipe: self.pipe,
             released: false,
             size: None,
@@ -287,7 +294,7 @@ impl GuestOs for FakeOs {
     fn read_output(&mut self, child: Child, output: Output, max: usize) -> SysResult<ReadOutcome> {
         let process = self.proc(child);
         assert!(!process.released, "a released child is not read");
-        let held = process.held || process.exit.is_none();
+        let held = process.held || (process.exit.is_none() && !process.shut);
         let out = &mut process.outs[usize::from(output == Output::Stderr)];
         if out.is_empty() {
             return Ok(if held { ReadOutcome::WouldBlock } else { ReadOutcome::Eof });

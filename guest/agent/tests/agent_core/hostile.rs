@@ -19,7 +19,7 @@ fn channel() -> impl Strategy<Value = Channel> {
 
 fn request() -> impl Strategy<Value = Request> {
     let path = || prop_oneof![Just("/tmp/f".to_owned()), Just("/".to_owned()), any::<String>()];
-    let program = prop::sample::select(vec!["echo", "cat", "sleep", "deaf", "none"]);
+    let program = prop::sample::select(vec!["echo", "cat", "sleep", "deaf", "mute", "none"]);
     prop_oneof![
         6 => (program, any::<bool>(), any::<Option<u64>>()).prop_map(|(program, stdin, timeout_ns)| {
             Request::Exec(ExecSpec { stdin, timeout_ns, ..exec(&[program]) })

@@ -7,7 +7,7 @@
 //!
 //! A set-up that fails says `twinvm: init failed: STAGE: REASON` on the console and ends the process. So does every
 //! other death of the agent, a panic or a fatal signal: the kernel panics when its first process ends, which the host
-//! sees. Nothing here catches it.
+//! sees. Nothing here catches it. When memory runs out the kernel spares its first process, and no other one.
 //!
 //! # Signals
 //!
@@ -97,7 +97,7 @@ fn set_up(started: Instant) -> Result<Listener, Failed> {
     console::say(&"init");
     let _ = rustix::process::setsid();
     mounts::basics()?;
-    protect();
+    allow_files();
     let config = read_config()?;
     if !config.hostname.is_empty() {
         let name = config.hostname.as_bytes();
@@ -138,11 +138,9 @@ fn report(started: Instant) {
     console::say(&format_args!("ready at {since_boot:.2} s (init {own:.2} s)"));
 }
 
-/// Keeps the kernel from choosing the agent when memory runs out, and lets programs open more files than kernels
-/// allow at first.
-fn protect() {
-    // Both are comfort: a kernel without them serves too.
-    let _ = fs::write("/proc/self/oom_score_adj", "-1000");
+/// Lets programs open more files than kernels allow at first.
+fn allow_files() {
+    // It is comfort: a kernel without it serves too.
     let limit = Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES_AT_MOST) };
     let _ = rustix::process::setrlimit(Resource::Nofile, limit);
 }
