@@ -60,7 +60,19 @@ impl Clause {
     /// no program left and nothing but the scratch directory changed.
     #[must_use]
     pub fn shares_machine(&self) -> bool {
-        let group = matches!(self.group(), "exec" | "files" | "process" | "tty");
+        let group = matches!(
+            self.group(),
+            "concurrency"
+                | "deadline"
+                | "errors"
+                | "events"
+                | "exec"
+                | "files"
+                | "pause"
+                | "process"
+                | "tty"
+                | "vsock"
+        );
         let survived = |kind: &FaultKind| {
             matches!(kind.scope(), FaultScope::Exec | FaultScope::File | FaultScope::Link)
         };

@@ -25,20 +25,26 @@ pub(super) const CLAUSES: &[Clause] = &[
         "programs and file operations run beside each other", [Exec, Files], faults: [])
     .undisturbed(),
     clause!(long_exec_blocks_nothing, "concurrency.an_exec_blocks_no_lifecycle",
-        "an exec that runs does not hold up lifecycle operations", [Exec, Pause], faults: []),
+        "an exec that runs does not hold up lifecycle operations", [Exec, Pause], faults: [])
+    .fresh(),
     clause!(stop_interrupts, "concurrency.ends_interrupt_all",
-        "stop and kill interrupt every operation under way, promptly", [Exec, Files], faults: []),
+        "stop and kill interrupt every operation under way, promptly", [Exec, Files], faults: [])
+    .fresh(),
     clause!(ends_interrupt_lifecycle, "concurrency.ends_interrupt_lifecycle",
         "stop and kill take precedence over lifecycle operations that wait or run",
-        [Exec, Snapshot, Pause], faults: []),
+        [Exec, Snapshot, Pause], faults: [])
+    .fresh(),
     clause!(refused_after_stop, "concurrency.refused_after_the_end",
-        "what is called after a stop has returned sees Stopped", [Exec, Files], faults: []),
+        "what is called after a stop has returned sees Stopped", [Exec, Files], faults: [])
+    .fresh(),
     clause!(ends_together, "concurrency.ends_together",
-        "stops and kills at the same time are all Ok", [Exec], faults: []),
+        "stops and kills at the same time are all Ok", [Exec], faults: [])
+    .fresh(),
     clause!(storm, "concurrency.storm",
         "a storm of lifecycle operations from many tasks ends, in a truthful state", [Exec], faults: []),
     clause!(machines_apart, "concurrency.machines_are_apart",
-        "machines of one backend do not wait for, see or end each other", [Exec, Files], faults: []),
+        "machines of one backend do not wait for, see or end each other", [Exec, Files], faults: [])
+    .fresh(),
 ];
 
 async fn in_order(ctx: &Context) -> Verdict {

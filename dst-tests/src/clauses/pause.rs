@@ -40,7 +40,7 @@ pub(super) const CLAUSES: &[Clause] = &[
         "while paused, operations on programs and files are refused with InvalidState",
         [Exec, Files, Pause], faults: []),
     clause!(ends_while_paused, "pause.stop_and_kill_while_paused",
-        "stop and kill end a paused machine", [Exec, Pause], faults: []),
+        "stop and kill end a paused machine", [Exec, Pause], faults: []).fresh(),
     clause!(exec_survives, "pause.exec_under_way_survives",
         "an exec that is under way goes on after a pause and loses no output", [Exec, Pause], faults: []),
     clause!(exec_timeout_stands_still, "pause.exec_timeout_stands_still",
