@@ -240,6 +240,7 @@ fn signals_reach_the_group_also_after_its_leader_has_ended() {
     let pid = i32::try_from(spawned.pid).unwrap();
     assert!(proc_table::process(pid).is_some(), "its pid is held until it is released");
     os.release(spawned.child);
+    os.reap();
     assert!(proc_table::process(pid).is_none());
     assert_eq!(os.signal_group(spawned.child, 9), Err(Errno::SRCH));
 }

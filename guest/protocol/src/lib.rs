@@ -73,7 +73,7 @@ pub use message::{
 };
 
 /// The version that this crate speaks. Both sides must speak the same.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 
 /// The vsock port on which the agent listens.
 pub const AGENT_PORT: u32 = 1024;

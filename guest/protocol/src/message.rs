@@ -166,6 +166,9 @@ pub struct ExecSpec {
     pub timeout_ns: Option<u64>,
     /// Whether the host will send standard input; else the program reads end-of-file at once.
     pub stdin: bool,
+    /// Whether the host waits for output and end alone: where it sends no input, `Started` may then come up to 50 ms
+    /// late, so that all that a short program has to say is one message.
+    pub lazy_start: bool,
 }
 
 /// A user of the guest.

@@ -16,6 +16,9 @@ use vm_trait::{
 /// A timeout of this length is as good as none.
 const FOR_EVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
+/// From this patience with requests on it does not matter that the start of a program is told a moment late.
+const LAZY_START_FROM: Duration = Duration::from_secs(1);
+
 impl AgentClient {
     /// Runs a program to its end.
     pub(crate) async fn exec(
@@ -24,7 +27,8 @@ impl AgentClient {
         request: ExecRequest,
     ) -> Result<ExecOutput, VmErrorKind> {
         let patience = self.patience(&request);
-        let (spec, input, limit) = spec(config, request, false)?;
+        let (mut spec, input, limit) = spec(config, request, false)?;
+        spec.lazy_start = self.inner.parts.timeouts.request >= LAZY_START_FROM;
         let guard = self.open_program(spec, input)?;
         self.deadline(self.inner.parts.timeouts.request, guard.started()).await?;
         let mut stdout = Limited::new(limit);
@@ -200,6 +204,7 @@ fn spec(
             .timeout
             .map(|timeout| u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX)),
         stdin: !matches!(input, Input::None),
+        lazy_start: false,
     };
     Ok((spec, input, request.output_limit))
 }

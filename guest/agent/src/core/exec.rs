@@ -19,7 +19,7 @@ const MAX_PASSWD: usize = 4 << 20;
 /// Starts a program.
 pub(super) fn spawn(request: ExecSpec, os: &mut dyn GuestOs) -> Result<Spawned, GuestError> {
     check(&request)?;
-    let ExecSpec { program, args, env, cwd, user, tty, stdin, timeout_ns: _ } = request;
+    let ExecSpec { program, args, env, cwd, user, tty, stdin, .. } = request;
     let ids = user.map(|user| ids_of(user, os)).transpose()?;
     let cwd = cwd.unwrap_or_else(|| "/".to_owned());
     check_directory(&cwd, ids, os)?;

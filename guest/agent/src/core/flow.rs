@@ -57,6 +57,11 @@ impl Outflow {
         self.eof_sent
     }
 
+    /// Says whether it has anything for the host.
+    pub(super) fn has_news(&self) -> bool {
+        !self.kept.is_empty() || (self.ended && !self.eof_held && !self.eof_sent)
+    }
+
     /// Says whether all that is kept has been sent and the host would take more.
     pub(super) fn is_hungry(&self) -> bool {
         !self.ended && !self.awaiting && self.sent == self.end() && self.limit > self.sent

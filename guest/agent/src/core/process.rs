@@ -27,6 +27,9 @@ const PULL_BOUND: usize = 1 << 20;
 /// three.
 const EOF_PATIENCE: Duration = Duration::from_millis(5);
 
+/// How long the start of a process waits for what it has to say first, where the host does not mind.
+const START_PATIENCE: Duration = Duration::from_millis(50);
+
 const OUTPUTS: [Output; 2] = [Output::Stdout, Output::Stderr];
 const SIGKILL: u8 = 9;
 
@@ -43,6 +46,10 @@ pub(super) struct Process {
     started: Duration,
     deadline: Option<Duration>,
     timed_out: bool,
+    /// The host has not been told of the start.
+    start_owed: bool,
+    /// When it is told at the latest, where that may wait.
+    start_due: Option<Duration>,
     /// When the host is told at the latest that an output has ended.
     eof_due: Option<Duration>,
     exit: Option<ProcessExit>,
@@ -70,6 +77,8 @@ pub(super) struct Origin {
     pub(super) program: String,
     pub(super) tty: bool,
     pub(super) stdin: bool,
+    /// The host need not hear of the start at once.
+    pub(super) lazy: bool,
     pub(super) timeout: Option<Duration>,
 }
 
@@ -94,6 +103,8 @@ impl Process {
             started: now,
             deadline: origin.timeout.and_then(|timeout| now.checked_add(timeout)),
             timed_out: false,
+            start_owed: true,
+            start_due: origin.lazy.then(|| now.saturating_add(START_PATIENCE)),
             eof_due: None,
             exit: None,
             drained: [0; 2],
@@ -124,7 +135,21 @@ impl Process {
         self.exit.is_some() && (self.doomed || self.outs.iter().all(Outflow::is_ended))
     }
 
-    pub(super) fn started_frame(&self, process: u64) -> Frame {
+    /// Says whether the host is to be told of the start now; it is not yet where that may travel with other news.
+    pub(super) fn start_to_send(&self) -> bool {
+        let news = self.exit.is_some() || self.outs.iter().any(Outflow::has_news);
+        self.start_owed && (self.start_due.is_none() || news)
+    }
+
+    /// Says whether the host is still to be told of the start.
+    pub(super) fn owes_start(&self) -> bool {
+        self.start_owed
+    }
+
+    /// Tells of the start.
+    pub(super) fn started_frame(&mut self, process: u64) -> Frame {
+        self.start_owed = false;
+        self.start_due = None;
         Frame::Started(Started {
             process,
             pid: self.pid,
@@ -146,7 +171,7 @@ impl Process {
 
     /// When it has to be looked after though nothing else happens.
     fn due(&self) -> Option<Duration> {
-        [self.deadline(), self.eof_due].into_iter().flatten().min()
+        [self.deadline(), self.eof_due, self.start_due].into_iter().flatten().min()
     }
 
     /// When its time runs out.
@@ -194,6 +219,10 @@ impl Process {
         if self.eof_due.is_some_and(|due| self.exit.is_some() || now >= due) {
             self.eof_due = None;
             self.outs.iter_mut().for_each(|out| out.hold_eof(false));
+            changed = true;
+        }
+        if self.start_due.is_some_and(|due| now >= due) {
+            self.start_due = None;
             changed = true;
         }
         changed | self.feed(os)
@@ -338,6 +367,8 @@ impl Process {
     /// Gives the process to a new reader.
     pub(super) fn attach(&mut self, reader: StreamId, stdout: u64, stderr: u64) {
         self.reader = Some(reader);
+        self.start_owed = true;
+        self.start_due = None;
         self.outs[0].attach(stdout);
         self.outs[1].attach(stderr);
         self.stdin.intake.reopen();
@@ -361,7 +392,10 @@ impl Process {
         self.outs.iter_mut().for_each(Outflow::suspend);
     }
 
+    /// Begins anew for a host that has heard nothing.
     pub(super) fn restart(&mut self) {
+        self.start_owed = true;
+        self.start_due = None;
         self.outs.iter_mut().for_each(Outflow::restart);
     }
 
@@ -371,10 +405,12 @@ impl Process {
     }
 
     fn interest(&self, config: &AgentConfig) -> ChildInterest {
+        // Where one output has ended the end of all is near, and is awaited before the other output is looked at.
+        let reads = |output| self.eof_due.is_none() && self.room(output, config) > 0;
         ChildInterest {
             child: self.child,
-            stdout: self.room(0, config) > 0,
-            stderr: self.room(1, config) > 0,
+            stdout: reads(0),
+            stderr: reads(1),
             stdin: self.accepts_stdin() && !self.stdin.pending.is_empty(),
         }
     }

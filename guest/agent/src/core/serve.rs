@@ -14,7 +14,7 @@ use crate::os::{Errno, GuestOs};
 use std::time::Duration;
 use vm_guest_protocol::{
     Channel, ExecSpec, Frame, GuestError, GuestErrorKind, Hello, PROTOCOL_VERSION, Refusal, Reply,
-    Request, Started, StreamId, TermSize, Welcome,
+    Request, Started, StreamId, TermSize, Welcome, encode,
 };
 
 /// How many streams a session has at most.
@@ -158,8 +158,8 @@ impl AgentCore {
         let Some(stream) = self.streams.get(&id) else { return };
         let started = match &stream.job {
             Job::Process { id, .. } => match self.processes.get_mut(*id) {
-                Some(process) => process.started_frame(*id),
-                None => return,
+                Some(process) if process.start_to_send() => process.started_frame(*id),
+                _ => return,
             },
             Job::Read(_) => Frame::Started(Started {
                 process: 0,
@@ -249,6 +249,7 @@ impl AgentCore {
             program: spec.program.clone(),
             tty: spec.tty.is_some(),
             stdin: spec.stdin,
+            lazy: spec.lazy_start && !spec.stdin,
             timeout: spec.timeout_ns.map(Duration::from_nanos),
         };
         let now = os.monotonic();
@@ -325,7 +326,9 @@ impl AgentCore {
         if let Job::Process { id: process, .. } = stream.job {
             let Some(process) = self.processes.get_mut(process) else { return Ok(()) };
             process.stdin_data(offset, bytes, os)?;
-            if let Some(credit) = process.stdin_credit(&self.config) {
+            if !process.owes_start()
+                && let Some(credit) = process.stdin_credit(&self.config)
+            {
                 self.link.send(id, &credit);
             }
             return Ok(());
@@ -355,7 +358,9 @@ impl AgentCore {
         if let Job::Process { id: process, .. } = stream.job {
             let Some(process) = self.processes.get_mut(process) else { return Ok(()) };
             process.stdin_end(offset, os)?;
-            if let Some(credit) = process.stdin_credit(&self.config) {
+            if !process.owes_start()
+                && let Some(credit) = process.stdin_credit(&self.config)
+            {
                 self.link.send(id, &credit);
             }
             return Ok(());
@@ -459,6 +464,14 @@ pub(super) fn flush_process(
 ) -> bool {
     let Some(out) = link.out() else { return false };
     if !stream.announced {
+        return false;
+    }
+    if let Job::Process { id, .. } = stream.job
+        && process.start_to_send()
+    {
+        encode(stream_id, &process.started_frame(id), out);
+    }
+    if process.owes_start() {
         return false;
     }
     let full = process.outs[0].flush(stream_id, Channel::Stdout, out)

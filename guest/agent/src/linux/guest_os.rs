@@ -59,6 +59,8 @@ pub struct LinuxOs {
     buffer: Box<[u8]>,
     /// Children that nobody asks after any more and that are not reaped yet.
     released: BTreeSet<i32>,
+    /// What is left to close of children that were released.
+    closing: Vec<Ends>,
     files: files::Files,
     ending: Ending,
     powered_off: bool,
@@ -95,6 +97,7 @@ impl LinuxOs {
             signals,
             buffer: vec![0; READ_MAX].into_boxed_slice(),
             released: BTreeSet::new(),
+            closing: Vec::new(),
             files: files::Files::default(),
             ending: Ending::default(),
             powered_off: false,
@@ -124,8 +127,16 @@ impl LinuxOs {
         self.children.get(&child)?.ends.input()
     }
 
-    /// Reaps the ended processes that nobody asks after: released children, and orphans where the scope has any.
+    /// Says whether a child was released since the last [`reap`](Self::reap), which is then due.
+    #[must_use]
+    pub fn has_released(&self) -> bool {
+        !self.closing.is_empty()
+    }
+
+    /// Reaps the ended processes that nobody asks after: released children, and orphans where the scope has any. It
+    /// closes what was held of released children: that may wait until what they have said is on its way.
     pub fn reap(&mut self) {
+        self.closing.clear();
         self.released.retain(|pid| Pid::from_raw(*pid).is_some_and(|pid| !reaped(pid)));
         if self.scope == Scope::Children {
             return;
@@ -327,10 +338,9 @@ impl GuestOs for LinuxOs {
     }
 
     fn release(&mut self, child: Child) {
-        if let Some(held) = self.children.remove(&child)
-            && !reaped(held.pid)
-        {
+        if let Some(held) = self.children.remove(&child) {
             self.released.insert(held.pid.as_raw_pid());
+            self.closing.push(held.ends);
         }
     }
 

@@ -115,7 +115,7 @@ pub fn serve(listener: &Listener, config: ServeConfig) -> io::Result<Ended> {
     let mut ended = false;
     loop {
         let busy = agent.turn();
-        if std::mem::take(&mut ended) {
+        if std::mem::take(&mut ended) || agent.os.has_released() {
             // Not before the core has let go of its own children, among which orphans would be hard to find.
             agent.os.reap();
         }

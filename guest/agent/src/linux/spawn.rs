@@ -14,7 +14,7 @@ use rustix::{
 };
 use std::{
     ffi::CString,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd},
     time::Duration,
 };
 use vm_guest_protocol::TermSize;
@@ -147,7 +147,10 @@ impl Theirs {
             Some(stdin) => dup2_stdin(stdin)?,
             None => {
                 let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-                dup2_stdin(rustix::fs::open(c"/dev/null", flags, Mode::empty())?)?;
+                let null = rustix::fs::open(c"/dev/null", flags, Mode::empty())?;
+                dup2_stdin(&null)?;
+                // Exec closes it.
+                let _ = null.into_raw_fd();
             }
         }
         dup2_stdout(stdout)?;

@@ -84,6 +84,43 @@ fn the_end_of_an_output_waits_a_moment_for_that_of_the_program() {
 }
 
 #[test]
+fn a_start_that_may_be_told_late_comes_with_the_first_news_or_after_a_moment() {
+    for (words, stdin) in [
+        (&["echo", "news"][..], false),
+        (&["sleep"][..], false),
+        (&["mute"][..], false),
+        (&["sleep"][..], true),
+    ] {
+        let mut host = Host::new();
+        let spec = ExecSpec { lazy_start: true, stdin, ..exec(words) };
+        let id = host.open(Request::Exec(spec));
+        let told = |host: &Host| host.streams[&id].started.is_some();
+        host.settle();
+        assert_eq!(told(&host), stdin || words[0] != "sleep");
+        if !told(&host) {
+            let due = host.core.next_deadline().unwrap();
+            assert!(due <= host.os.now + Duration::from_millis(50));
+            host.os.now = due;
+            host.settle();
+        }
+        assert!(told(&host) && host.streams[&id].end.is_some() == (words[0] == "echo"));
+    }
+}
+
+#[test]
+fn a_start_that_was_not_told_is_told_on_the_next_connection() {
+    let mut host = Host::new();
+    let id = host.open(Request::Exec(ExecSpec { lazy_start: true, ..exec(&["sleep"]) }));
+    host.settle();
+    assert!(host.streams[&id].started.is_none());
+    host.cut();
+    host.dial();
+    host.settle();
+    assert!(host.streams[&id].started.is_some());
+    assert_eq!(host.os.procs.len(), 1);
+}
+
+#[test]
 fn programs_are_found_as_a_shell_finds_them() {
     let mut host = Host::new();
     host.os.put("/usr/bin/plain", Body::File(Vec::new()), 0o644);

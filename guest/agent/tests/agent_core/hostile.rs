@@ -22,7 +22,7 @@ fn request() -> impl Strategy<Value = Request> {
     let program = prop::sample::select(vec!["echo", "cat", "sleep", "deaf", "mute", "none"]);
     prop_oneof![
         6 => (program, any::<bool>(), any::<Option<u64>>()).prop_map(|(program, stdin, timeout_ns)| {
-            Request::Exec(ExecSpec { stdin, timeout_ns, ..exec(&[program]) })
+            Request::Exec(ExecSpec { stdin, timeout_ns, lazy_start: !stdin, ..exec(&[program]) })
         }),
         2 => (0_u64..5, any::<(u64, u64)>())
             .prop_map(|(process, (stdout, stderr))| Request::Attach { process, stdout, stderr }),

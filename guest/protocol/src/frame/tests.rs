@@ -21,17 +21,10 @@ fn exec() -> impl Strategy<Value = ExecSpec> {
         any::<(String, Vec<String>, Vec<(String, String)>, Option<String>)>(),
         option::of(user),
         option::of(size()),
-        any::<(Option<u64>, bool)>(),
+        any::<(Option<u64>, bool, bool)>(),
     )
-        .prop_map(|((program, args, env, cwd), user, tty, (timeout_ns, stdin))| ExecSpec {
-            program,
-            args,
-            env,
-            cwd,
-            user,
-            tty,
-            timeout_ns,
-            stdin,
+        .prop_map(|((program, args, env, cwd), user, tty, (timeout_ns, stdin, lazy_start))| {
+            ExecSpec { program, args, env, cwd, user, tty, timeout_ns, stdin, lazy_start }
         })
 }
 
