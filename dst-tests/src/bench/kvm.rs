@@ -194,68 +194,6 @@ async fn boot(
         samples.add("exec", millis(began.elapsed()) * 1000.0);
         samples.add("ping", millis(vm.ping().await.map_err(text)?) * 1000.0);
     }
-    if std::env::var_os("TWINVM_PROBE").is_some() {
-        let _ = std::process::Command::new("mount")
-            .args(["-t", "debugfs", "none", "/sys/kernel/debug"])
-            .status();
-        let counters = || {
-            let mut all = BTreeMap::new();
-            for dir in fs::read_dir("/sys/kernel/debug/kvm").into_iter().flatten().flatten() {
-                for base in [dir.path(), dir.path().join("vcpu0")] {
-                    for file in fs::read_dir(base).into_iter().flatten().flatten() {
-                        if let Ok(text) = fs::read_to_string(file.path())
-                            && let Ok(value) = text.trim().parse::<i64>()
-                        {
-                            *all.entry(file.file_name().to_string_lossy().into_owned())
-                                .or_insert(0) += value;
-                        }
-                    }
-                }
-            }
-            all
-        };
-        for (name, words) in [
-            ("ping", vec![]),
-            ("true", vec!["true"]),
-            ("none", vec!["nonesuch"]),
-            ("/bin/true", vec!["/bin/true"]),
-            (
-                "loop10",
-                vec!["sh", "-c", "i=0; while [ $i -lt 10 ]; do /bin/true; i=$((i+1)); done"],
-            ),
-            (
-                "loop20",
-                vec!["sh", "-c", "i=0; while [ $i -lt 20 ]; do /bin/true; i=$((i+1)); done"],
-            ),
-            ("sub20", vec!["sh", "-c", "i=0; while [ $i -lt 20 ]; do ( : ) ; i=$((i+1)); done"]),
-        ] {
-            let before = counters();
-            let (mut outer, mut inner) = (Vec::new(), Vec::new());
-            for _ in 0..20 {
-                let began = Instant::now();
-                if words.is_empty() {
-                    let _ = vm.ping().await;
-                } else {
-                    let mut request = ExecRequest::new(words[0]);
-                    request.args = words[1..].iter().map(|it| (*it).to_owned()).collect();
-                    let done = vm.exec(request).await;
-                    inner.push(done.map_or(0, |it| it.elapsed.as_micros()));
-                }
-                outer.push(began.elapsed().as_micros());
-            }
-            outer.sort_unstable();
-            inner.sort_unstable();
-            let after = counters();
-            let mut line = format!("PROBE {name}: {} inner {:?}; ", outer[10], inner.get(10));
-            for (key, value) in &after {
-                let more = (value - before.get(key).unwrap_or(&0)) as f64 / 20.0;
-                if more >= 0.5 {
-                    line += &format!("{key} {more:.1} ");
-                }
-            }
-            eprintln!("{line}");
-        }
-    }
     if let Some(kib) = hypervisor
         .launcher_pid(vm.id())
         .and_then(|pid| resident_beside_guest(pid, u64::from(config.memory.0) << 10))
