@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 # Raised whenever `setup` builds something else, so that an older build is replaced.
-FORMAT = "2"
+FORMAT = "3"
 
 # The exit status for a lab that could not do its work, as `docker run` and `env` have it.
 LAB_FAILED = 125
@@ -25,6 +25,7 @@ class Layout:
         self.root = Path(root)
         self.tools = self.root / "tools"
         self.busybox = self.tools / "bin/busybox"
+        self.qemu = self.root / "qemu"
         self.kernel = self.root / "host/vmlinux"
         self.modules = self.root / "host/lib/modules"
         self.initramfs = self.root / "host/initramfs"
@@ -38,6 +39,14 @@ class Layout:
             return self.stamp.read_text() == FORMAT
         except OSError:
             return False
+
+    def qemu_command(self):
+        """The unpacked QEMU. It comes with all its libraries, the C library and its loader among them."""
+        libraries = self.qemu / "usr/lib/x86_64-linux-gnu"
+        command = [libraries / "ld-linux-x86-64.so.2", "--library-path", libraries, self.qemu / "usr/bin/qemu-system-x86_64"]
+        for firmware in ("share/seabios", "share/qemu", "lib/ipxe/qemu"):
+            command += ["-L", self.qemu / "usr" / firmware]
+        return [str(part) for part in command]
 
     def tool_env(self):
         """The environment for unpacked tools: their libraries come first."""
