@@ -112,10 +112,12 @@ async fn retriable_capture(ctx: &Context) -> Verdict {
 }
 
 async fn retriable_link(ctx: &Context) -> Verdict {
-    let span = Duration::from_millis(ctx.draw(300, 600));
+    let span = Duration::from_millis(ctx.draw(1500, 3000));
+    // Long enough for a program's start on an emulated processor.
+    let timeout = Duration::from_millis(500);
     let vm = made(ctx, |config| {
-        config.timeouts.link = Duration::from_millis(100);
-        config.timeouts.request = Duration::from_millis(100);
+        config.timeouts.link = timeout;
+        config.timeouts.request = timeout;
     })
     .await?;
     vm.start().await?;
