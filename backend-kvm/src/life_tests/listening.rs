@@ -9,7 +9,10 @@ use std::{
     sync::mpsc::channel,
     time::Duration,
 };
-use tokio::{io::AsyncReadExt, sync::mpsc::unbounded_channel};
+use tokio::{
+    io::AsyncReadExt,
+    sync::mpsc::{UnboundedReceiver, unbounded_channel},
+};
 use vm_core::machine::{Acceptor, BACKLOG, Machine, MachineError};
 
 impl Fake {
@@ -104,12 +107,18 @@ fn what_the_guest_opens_is_accepted_bounded_and_refused() {
     });
 }
 
-/// Sends until no more finds room.
-async fn stuff(machine: &KvmMachine) {
+/// Listens, and once the launcher is ready sends until no more finds room.
+async fn listen_and_stuff(
+    machine: &KvmMachine,
+    is_ready: &mut UnboundedReceiver<()>,
+) -> Box<dyn Acceptor> {
+    let acceptor = machine.listen(7).await.unwrap();
+    is_ready.recv().await.unwrap();
     for _ in 0..2000 {
         let asked = tokio::time::timeout(Duration::from_micros(200), machine.connect(5)).await;
         assert!(asked.is_err());
     }
+    acceptor
 }
 
 /// Takes what there is, all of it attempts to connect.
@@ -141,9 +150,7 @@ fn what_was_taken_is_told_once_there_is_room() {
             fake.hear();
         });
         let machine = KvmMachine::new(life.await.unwrap());
-        let mut acceptor = machine.listen(7).await.unwrap();
-        is_ready.recv().await.unwrap();
-        stuff(&machine).await;
+        let mut acceptor = listen_and_stuff(&machine, &mut is_ready).await;
         assert_eq!(first_byte(&mut acceptor).await, 1);
         assert_eq!(first_byte(&mut acceptor).await, 2);
         // It gives up and loses nothing.
@@ -176,10 +183,7 @@ fn a_port_that_could_not_be_given_up_is_at_its_next_stream() {
             fake.hear();
         });
         let machine = KvmMachine::new(life.await.unwrap());
-        let acceptor = machine.listen(7).await.unwrap();
-        is_ready.recv().await.unwrap();
-        stuff(&machine).await;
-        drop(acceptor);
+        drop(listen_and_stuff(&machine, &mut is_ready).await);
         go.send(()).unwrap();
         is_ready.recv().await.unwrap();
         let _acceptor = machine.listen(7).await.unwrap();
