@@ -55,7 +55,7 @@ pub(super) const CLAUSES: &[Clause] = &[
         "an accept that is dropped half-way loses no stream", [Exec, Vsock], faults: []),
     clause!(handles, "vsock.handles_do_not_hold",
         "a stream or listener does not keep a machine alive, and leaves nothing once it is dropped",
-        [Exec, Vsock], faults: []),
+        [Exec, Vsock], faults: []).fresh(),
     clause!(snapshots, "vsock.snapshot_leaves_the_source",
         "the streams of a machine go on across a snapshot; the restored machine's ends are reset, its listeners listen",
         [Exec, Vsock, Snapshot], faults: []),
