@@ -38,6 +38,18 @@ impl ConsoleRing {
         Ok(Self { file, size })
     }
 
+    /// Makes a ring with the same content, for a copy of the machine.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(crate) fn copy(&self) -> io::Result<Self> {
+        let copy = Self::new(self.size)?;
+        let mut content = vec![0; self.size as usize + 8];
+        self.file.read_exact_at(&mut content, 0)?;
+        copy.file.write_all_at(&content, 0)?;
+        Ok(copy)
+    }
+
     pub(crate) fn file(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }

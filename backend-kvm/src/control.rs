@@ -17,7 +17,7 @@ pub const CONTROL_FD: i32 = 3;
 pub const LIFELINE_FD: i32 = 4;
 
 /// The version of these messages; both sides must have the same.
-pub const CONTROL_VERSION: u32 = 2;
+pub const CONTROL_VERSION: u32 = 3;
 
 /// The largest packet, in bytes.
 pub const MAX_PACKET: usize = 64 << 10;
@@ -118,6 +118,16 @@ pub enum Request {
         /// The port.
         port: u32,
     },
+    /// Make a copy of this paused machine, as it is now, in a process of its own that shares memory until either side
+    /// writes. Descriptors: the copy's control socket; its lifeline; a file for its standard error; its console ring,
+    /// with what is to stand in it; the console file where the set-up said so; and for each writable disk an empty
+    /// file, which becomes the copy's own. The copy says [`FromLauncher::Hello`] and [`FromLauncher::SetUpDone`] on its
+    /// own control socket, unasked, and is then paused, without any of the connections of this one. Descriptor beside
+    /// the answer: the copy's process (pidfd_open(2)); nobody has to reap it.
+    Fork {
+        /// A name for the copy's process and its messages.
+        name: String,
+    },
 }
 
 /// What a launcher says.
@@ -164,6 +174,11 @@ pub enum Answer {
     Status(Status),
     /// What it counts.
     Stats(Stats),
+    /// The copy was made.
+    Forked {
+        /// The number of its process.
+        pid: u32,
+    },
 }
 
 /// What a machine does.

@@ -1,7 +1,7 @@
 //! Host files that a configuration names: what they must be, and how they are opened and locked.
 
 use crate::life::host;
-use rustix::fs::FlockOperation;
+use rustix::fs::{FlockOperation, Mode, OFlags};
 use std::{
     fmt::Display,
     fs::{self, File, OpenOptions},
@@ -108,6 +108,22 @@ pub(crate) fn open_disk(index: usize, disk: &DiskConfig) -> Result<File, Machine
 pub(crate) fn open_console_file(path: &Path) -> Result<File, MachineError> {
     let opened = OpenOptions::new().append(true).create(true).mode(0o600).open(path);
     opened.map_err(|error| flaw("console_file", path, error.to_string()))
+}
+
+/// Makes an empty file without a name, which goes with its last descriptor.
+///
+/// # Errors
+/// [`MachineError::HostIo`] with the directory for temporary files.
+pub(crate) fn nameless() -> Result<File, MachineError> {
+    let dir = std::env::temp_dir();
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    match rustix::fs::open(&dir, flags, Mode::RUSR | Mode::WUSR) {
+        Ok(file) => Ok(file.into()),
+        Err(error) => {
+            let path = dir.display().to_string();
+            Err(MachineError::HostIo { path, reason: io::Error::from(error).to_string() })
+        }
+    }
 }
 
 /// Opens a user's initial RAM disk.

@@ -6,18 +6,16 @@ use crate::{
     files,
     images::{Images, Prepared},
     launcher::{LauncherProgram, NoLauncher, Started},
-    life::{Life, StageTimes, host},
+    life::{Life, Lives, StageTimes, host},
     machine::KvmMachine,
-    sync::lock,
 };
 use async_trait::async_trait;
 use std::{
-    collections::BTreeMap,
     env,
     fs::File,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, OnceLock, Weak},
+    sync::{Arc, OnceLock},
 };
 use tokio::task::spawn_blocking;
 use vm_core::machine::{Hypervisor, Machine, MachineError, MachineSpec};
@@ -52,6 +50,7 @@ const CLAIMS: &[Capability] = &[
     Capability::Root,
     Capability::Kernel,
     Capability::ConsoleFile,
+    Capability::Fork,
 ];
 
 /// Why machines of this kind cannot be made here.
@@ -71,7 +70,7 @@ pub enum SetupError {
 pub struct KvmHypervisor {
     launcher: LauncherProgram,
     images: Arc<Images>,
-    lives: Mutex<BTreeMap<VmId, Weak<Life>>>,
+    lives: Arc<Lives>,
     limits: OnceLock<HostLimits>,
 }
 
@@ -117,7 +116,7 @@ impl KvmHypervisorBuilder {
         Ok(KvmHypervisor {
             launcher,
             images: Arc::new(Images::new(self.kernel, self.modules)),
-            lives: Mutex::default(),
+            lives: Arc::default(),
             limits: OnceLock::new(),
         })
     }
@@ -144,23 +143,13 @@ impl KvmHypervisor {
     /// Gives the pid of a VM's launcher while it runs.
     #[must_use]
     pub fn launcher_pid(&self, vm: VmId) -> Option<u32> {
-        self.life(vm)?.pid()
+        self.lives.of(vm)?.pid()
     }
 
     /// Gives how long the stages of the VM's present life took so far, while the VM exists.
     #[must_use]
     pub fn stages(&self, vm: VmId) -> Option<StageTimes> {
-        Some(self.life(vm)?.stages())
-    }
-
-    fn life(&self, vm: VmId) -> Option<Arc<Life>> {
-        lock(&self.lives).get(&vm)?.upgrade()
-    }
-
-    fn keep(&self, vm: VmId, life: &Arc<Life>) {
-        let mut lives = lock(&self.lives);
-        lives.retain(|_, life| life.strong_count() > 0);
-        lives.insert(vm, Arc::downgrade(life));
+        Some(self.lives.of(vm)?.stages())
     }
 }
 
@@ -197,8 +186,7 @@ impl Hypervisor for KvmHypervisor {
         let Made { started, ring, parcel } = made;
         let ring_file = ring.file().try_clone_to_owned().map_err(|error| host(&error))?;
         let life = Life::begin(started, ring).await?;
-        let machine = KvmMachine::new(life.clone());
-        self.keep(spec.vm, &life);
+        let machine = KvmMachine::new(spec.vm, life.clone(), &self.lives);
         let (message, fds) = parcel.packet(ring_file.as_fd());
         life.set_up(&message, &fds).await?;
         Ok(Arc::new(machine))

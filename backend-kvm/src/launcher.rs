@@ -3,6 +3,7 @@
 use crate::control::{CONTROL_FD, LIFELINE_FD};
 use command_fds::{CommandFdExt, FdMapping};
 use rustix::{
+    event::{PollFd, PollFlags},
     fs::MemfdFlags,
     net::{AddressFamily, SocketFlags, SocketType},
     process::{Pid, PidfdFlags, Signal},
@@ -12,7 +13,7 @@ use std::{
     ffi::OsString,
     fmt,
     fs::{self, File},
-    io::{self, PipeWriter},
+    io::{self, PipeReader, PipeWriter},
     os::{
         fd::OwnedFd,
         unix::{
@@ -145,15 +146,7 @@ impl LauncherProgram {
     /// The operating system's.
     pub(crate) fn start(&self) -> io::Result<Started> {
         let began = Instant::now();
-        let (control, its_control) = rustix::net::socketpair(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-            None,
-        )?;
-        let (its_lifeline, lifeline) = io::pipe()?;
-        let messages =
-            File::from(rustix::fs::memfd_create("vm-kvm-launcher.log", MemfdFlags::CLOEXEC)?);
+        let (Ours { control, lifeline, messages }, its_control, its_lifeline) = Ours::new()?;
         let mut command = self.command();
         command
             .arg0(BINARY)
@@ -206,6 +199,33 @@ impl fmt::Display for NoLauncher {
 
 impl std::error::Error for NoLauncher {}
 
+/// What an owner keeps of what it shares with one launcher.
+#[derive(Debug)]
+pub(crate) struct Ours {
+    pub(crate) control: OwnedFd,
+    pub(crate) lifeline: PipeWriter,
+    pub(crate) messages: File,
+}
+
+impl Ours {
+    /// Makes it, with the launcher's ends of control socket and lifeline.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(crate) fn new() -> io::Result<(Self, OwnedFd, PipeReader)> {
+        let (control, its_control) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+            None,
+        )?;
+        let (its_lifeline, lifeline) = io::pipe()?;
+        let messages =
+            File::from(rustix::fs::memfd_create("vm-kvm-launcher.log", MemfdFlags::CLOEXEC)?);
+        Ok((Self { control, lifeline, messages }, its_control, its_lifeline))
+    }
+}
+
 /// A launcher that was started; it ends when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Started {
@@ -220,10 +240,12 @@ pub(crate) struct Started {
     pub(crate) spawn_time: Duration,
 }
 
-/// A child process, named whatever becomes of its pid. It is killed and reaped when dropped.
+/// A launcher's process, named whatever becomes of its pid. It is killed when dropped, and reaped if it is a child.
 #[derive(Debug)]
 pub(crate) struct Process {
-    child: Child,
+    /// None where a launcher made it; whoever is its parent then reaps it.
+    child: Option<Child>,
+    pid: u32,
     exact: OwnedFd,
 }
 
@@ -235,7 +257,7 @@ impl Process {
             .ok_or_else(|| io::Error::other("not a process id"))
             .and_then(|pid| Ok(rustix::process::pidfd_open(pid, PidfdFlags::empty())?));
         match exact {
-            Ok(exact) => Ok(Self { child, exact }),
+            Ok(exact) => Ok(Self { pid: child.id(), child: Some(child), exact }),
             Err(error) => {
                 child.kill()?;
                 child.wait()?;
@@ -244,8 +266,13 @@ impl Process {
         }
     }
 
+    /// Takes charge of a process that a launcher made.
+    pub(crate) fn of_launcher(pid: u32, exact: OwnedFd) -> Self {
+        Self { child: None, pid, exact }
+    }
+
     pub(crate) fn pid(&self) -> u32 {
-        self.child.id()
+        self.pid
     }
 
     /// Gives a descriptor that becomes readable when the process has ended.
@@ -253,16 +280,24 @@ impl Process {
         self.exact.try_clone()
     }
 
-    /// Waits for its end, and reaps it. Once that is done, it can be called again.
-    pub(crate) fn reap(&mut self) -> io::Result<ExitStatus> {
-        self.child.wait()
+    /// Waits for its end, and reaps it. Once that is done, it can be called again. There is no status of a process that
+    /// is not this one's child.
+    pub(crate) fn reap(&mut self) -> io::Result<Option<ExitStatus>> {
+        match &mut self.child {
+            Some(child) => child.wait().map(Some),
+            None => {
+                let mut exit = [PollFd::new(&self.exact, PollFlags::IN)];
+                rustix::io::retry_on_intr(|| rustix::event::poll(&mut exit, None))?;
+                Ok(None)
+            }
+        }
     }
 }
 
 impl Drop for Process {
     fn drop(&mut self) {
         kill(&self.exact);
-        let _ = self.child.wait();
+        let _ = self.reap();
     }
 }
 
@@ -378,7 +413,7 @@ mod tests {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         let Started { lifeline, mut process, messages, control, .. } =
             LauncherProgram::at(path).unwrap().start().unwrap();
-        assert!(process.child.try_wait().unwrap().is_none());
+        assert!(process.child.as_mut().unwrap().try_wait().unwrap().is_none());
         drop(lifeline);
         process.reap().unwrap();
         assert_eq!(last_words(&messages), "over");

@@ -12,6 +12,7 @@ use crate::{
     launcher::{self, Process, Started, last_words},
     packet::{self, BadPacket, Received},
     ready::watched,
+    sync::lock,
 };
 use bytes::Bytes;
 use rustix::{
@@ -25,7 +26,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     process::ExitStatus,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -37,7 +38,7 @@ use tokio::{
 };
 use vm_core::machine::{MachineError, MachineExit};
 use vm_guest_protocol::boot::BootMark;
-use vm_trait::CrashReason;
+use vm_trait::{CrashReason, VmId};
 
 /// How long a launcher that has said its last word may take to exit before it is killed.
 const EXIT_GRACE: Duration = Duration::from_secs(2);
@@ -63,6 +64,24 @@ pub struct StageTimes {
     pub init_to_listening: Option<Duration>,
 }
 
+/// The present lives of VMs.
+#[derive(Debug, Default)]
+pub(crate) struct Lives(Mutex<BTreeMap<VmId, Weak<Life>>>);
+
+impl Lives {
+    /// Gives a VM's present life, while its machine exists.
+    pub(crate) fn of(&self, vm: VmId) -> Option<Arc<Life>> {
+        lock(&self.0).get(&vm)?.upgrade()
+    }
+
+    /// Notes a VM's present life.
+    pub(crate) fn keep(&self, vm: VmId, life: &Arc<Life>) {
+        let mut lives = lock(&self.0);
+        lives.retain(|_, life| life.strong_count() > 0);
+        lives.insert(vm, Arc::downgrade(life));
+    }
+}
+
 /// One launcher process, running or ended.
 #[derive(Debug)]
 pub(crate) struct Life {
@@ -82,7 +101,7 @@ pub(crate) struct Life {
 #[derive(Debug, Default)]
 struct State {
     next_request: u64,
-    waiting: BTreeMap<Awaited, oneshot::Sender<Result<Answer, Refusal>>>,
+    waiting: BTreeMap<Awaited, oneshot::Sender<Heard>>,
     listeners: Listeners,
     end: Option<End>,
     /// What the launcher did that made it unfit to live.
@@ -91,6 +110,9 @@ struct State {
     stages: StageTimes,
     boot_ordered: Option<Duration>,
 }
+
+/// What a launcher answered, with its descriptors.
+type Heard = (Result<Answer, Refusal>, Vec<OwnedFd>);
 
 /// An answer that somebody waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -110,11 +132,37 @@ impl Life {
         started: Started,
         ring: ConsoleRing,
     ) -> Result<Arc<Self>, MachineError> {
+        Self::hear_first(started, ring, BTreeMap::new()).await
+    }
+
+    /// Takes charge of a launcher that another one made as a copy of itself, and waits until its machine is made.
+    ///
+    /// # Errors
+    /// As [`begin`](Self::begin) and [`set_up`](Self::set_up).
+    pub(crate) async fn of_copy(
+        started: Started,
+        ring: ConsoleRing,
+    ) -> Result<Arc<Self>, MachineError> {
+        let began = now();
+        let (made, heard) = oneshot::channel();
+        let waiting = BTreeMap::from([(Awaited::SetUp, made)]);
+        let life = Self::hear_first(started, ring, waiting).await?;
+        let mut doomed = Doomed(Some(life.clone()));
+        life.made(heard.await.ok(), began).await?;
+        doomed.0 = None;
+        Ok(life)
+    }
+
+    async fn hear_first(
+        started: Started,
+        ring: ConsoleRing,
+        mut waiting: BTreeMap<Awaited, oneshot::Sender<Heard>>,
+    ) -> Result<Arc<Self>, MachineError> {
         let Started { control, process, lifeline, messages, spawn_time } = started;
         let began = now();
         let (hello, heard) = oneshot::channel();
         let stages = StageTimes { launcher_spawn: spawn_time, ..StageTimes::default() };
-        let waiting = BTreeMap::from([(Awaited::Hello, hello)]);
+        waiting.insert(Awaited::Hello, hello);
         let state = State { waiting, stages, ..State::default() };
         let control = watched(control, Interest::READABLE | Interest::WRITABLE);
         let control = control.map_err(|error| host(&error))?;
@@ -136,8 +184,8 @@ impl Life {
         let mut doomed = Doomed(Some(life.clone()));
         tokio::spawn(watch(Watch(Some(life.clone()))));
         match tokio::time::timeout(HELLO, heard).await {
-            Ok(Ok(Ok(_))) => {}
-            Ok(Ok(Err(refusal))) => return Err(refusal.into()),
+            Ok(Ok((Ok(_), _))) => {}
+            Ok(Ok((Err(refusal), _))) => return Err(refusal.into()),
             Ok(Err(_)) => return Err(life.end_as_error("did not come up")),
             Err(_) => {
                 let text = life.words();
@@ -163,9 +211,14 @@ impl Life {
         let began = now();
         let waiting = self.await_answer(Awaited::SetUp)?;
         self.send(message, fds).await?;
-        match waiting.answer().await {
-            Some(Ok(_)) => {}
-            Some(Err(refusal)) => return Err(refusal.into()),
+        self.made(waiting.answer().await, began).await
+    }
+
+    /// Takes note of what came of the making of a machine.
+    async fn made(&self, heard: Option<Heard>, began: Duration) -> Result<(), MachineError> {
+        match heard {
+            Some((Ok(_), _)) => {}
+            Some((Err(refusal), _)) => return Err(refusal.into()),
             None => {
                 self.ended().await;
                 return Err(self.end_as_error("ended during the set-up"));
@@ -193,6 +246,15 @@ impl Life {
         request: Request,
         fds: &[BorrowedFd<'_>],
     ) -> Result<Result<Answer, Refusal>, MachineError> {
+        self.ask_for(request, fds).await.map(|(result, _)| result)
+    }
+
+    /// As [`ask`](Self::ask), with the descriptors that came beside the answer.
+    pub(crate) async fn ask_for(
+        &self,
+        request: Request,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Heard, MachineError> {
         let id = self.number();
         let waiting = self.await_answer(Awaited::Request(id))?;
         if request == Request::Boot {
@@ -230,6 +292,14 @@ impl Life {
 
     pub(crate) fn stages(&self) -> StageTimes {
         self.lock().stages
+    }
+
+    /// Makes a console ring with the content of this one's.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(crate) fn copy_console(&self) -> io::Result<ConsoleRing> {
+        self.ring.copy()
     }
 
     /// Gives the last of the console, and how the machine failed, if it did.
@@ -318,23 +388,23 @@ impl Life {
         let mut state = self.lock();
         match message {
             FromLauncher::Hello { version } if version == CONTROL_VERSION => {
-                state.answer(Awaited::Hello, Ok(Answer::Done))?;
+                state.answer(Awaited::Hello, (Ok(Answer::Done), fds))?;
             }
             FromLauncher::Hello { version } => {
                 let reason = format!(
                     "the launcher speaks version {version}, this program version {CONTROL_VERSION}"
                 );
-                state.answer(Awaited::Hello, Err(Refusal::Failed(reason)))?;
+                state.answer(Awaited::Hello, (Err(Refusal::Failed(reason)), fds))?;
             }
             FromLauncher::SetUpDone(result) => {
-                state.answer(Awaited::SetUp, result.map(|()| Answer::Done))?;
+                state.answer(Awaited::SetUp, (result.map(|()| Answer::Done), fds))?;
             }
             FromLauncher::Reply { id, .. } if id > state.next_request => {
                 return Err(format!("it answered request {id}, which was never made"));
             }
             FromLauncher::Reply { id, result } => {
                 // Whoever asked may have gone away.
-                let _ = state.answer(Awaited::Request(id), result);
+                let _ = state.answer(Awaited::Request(id), (result, fds));
             }
             FromLauncher::Incoming { port, listener } => {
                 self.come_in(&mut state, port, listener, fds.into_iter().next());
@@ -366,7 +436,7 @@ impl Life {
             state.over = true;
             state.waiting.clear();
             state.listeners.clear();
-            self.how(&mut state, status.ok())
+            self.how(&mut state, status.ok().flatten())
         };
         self.exit.send_replace(Some(exit));
     }
@@ -407,11 +477,11 @@ impl Life {
 }
 
 impl State {
-    fn answer(&mut self, awaited: Awaited, result: Result<Answer, Refusal>) -> Result<(), String> {
+    fn answer(&mut self, awaited: Awaited, heard: Heard) -> Result<(), String> {
         let waiting = self.waiting.remove(&awaited);
         let waiting =
             waiting.ok_or_else(|| format!("nobody waits for an answer to {awaited:?}"))?;
-        let _ = waiting.send(result);
+        let _ = waiting.send(heard);
         Ok(())
     }
 
@@ -430,12 +500,12 @@ impl State {
 struct Waiting<'a> {
     life: &'a Life,
     awaited: Awaited,
-    answer: oneshot::Receiver<Result<Answer, Refusal>>,
+    answer: oneshot::Receiver<Heard>,
 }
 
 impl Waiting<'_> {
     /// Gives the answer, or nothing where the launcher ended first.
-    async fn answer(mut self) -> Option<Result<Answer, Refusal>> {
+    async fn answer(mut self) -> Option<Heard> {
         (&mut self.answer).await.ok()
     }
 }

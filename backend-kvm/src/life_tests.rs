@@ -29,6 +29,11 @@ use vm_core::machine::{Machine, MachineStatus};
 #[path = "life_tests/listening.rs"]
 mod listening;
 
+/// Makes the machine of a life.
+fn machine_of(life: Arc<Life>) -> KvmMachine {
+    KvmMachine::new(VmId(1), life, &Arc::default())
+}
+
 const SOON: Duration = Duration::from_secs(20);
 
 fn runtime() -> Runtime {
@@ -154,7 +159,7 @@ fn requests_are_answered_in_any_order() {
             fake.reply(id, Err(Refusal::Exhausted("memory".to_owned())));
             fake.hear_request();
         });
-        let machine = KvmMachine::new(life.await.unwrap());
+        let machine = machine_of(life.await.unwrap());
         let (stats, status) = tokio::join!(machine.stats(), async {
             tokio::time::sleep(Duration::from_millis(20)).await;
             machine.status().await
@@ -179,7 +184,7 @@ fn an_answer_that_nobody_waits_for_any_more_is_no_fault() {
             fake.reply(id, Ok(Answer::Status(Status::Running)));
             fake.hear();
         });
-        let machine = KvmMachine::new(life.await.unwrap());
+        let machine = machine_of(life.await.unwrap());
         let pause = tokio::time::timeout(Duration::from_millis(20), machine.pause()).await;
         assert!(pause.is_err());
         assert_eq!(machine.status().await, Ok(MachineStatus::Running));
@@ -210,7 +215,7 @@ fn the_last_word_decides_how_a_machine_ended() {
                 fake.exit();
             });
             let life = life.await.unwrap();
-            let machine = KvmMachine::new(life.clone());
+            let machine = machine_of(life.clone());
             assert_eq!(machine.pause().await, Err(MachineError::Ended));
             assert_eq!(machine.wait().await, wanted);
             assert_eq!(machine.status().await, Ok(MachineStatus::Ended));
@@ -283,7 +288,7 @@ fn a_set_up_is_refused_with_its_field() {
         let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
         let error = life.set_up(&ToLauncher::SetUp(Box::new(set_up)), &fds).await.unwrap_err();
         assert!(matches!(error, MachineError::Config { field, .. } if field == "memory"));
-        drop(KvmMachine::new(life));
+        drop(machine_of(life));
     });
 }
 
@@ -298,7 +303,7 @@ fn dropped_machines_and_runtimes_leave_no_process() {
             });
             life.await.unwrap()
         });
-        let (pid, machine) = (life.pid, KvmMachine::new(life.clone()));
+        let (pid, machine) = (life.pid, machine_of(life.clone()));
         assert!(is_there(pid));
         if whole_runtime {
             drop(runtime);
@@ -359,7 +364,7 @@ fn connections_carry_bytes_and_lose_none() {
             fake.hear_request();
             fake.exit();
         });
-        let machine = KvmMachine::new(life.await.unwrap());
+        let machine = machine_of(life.await.unwrap());
         let mut link = machine.connect(1024).await.unwrap();
         let mut first = [0; 11];
         link.read_exact(&mut first).await.unwrap();
@@ -386,7 +391,7 @@ fn a_launcher_that_stands_still_can_be_killed() {
             thread::sleep(SOON);
         });
         let life = life.await.unwrap();
-        let machine = KvmMachine::new(life.clone());
+        let machine = machine_of(life.clone());
         for _ in 0..2000 {
             let asked = tokio::time::timeout(Duration::from_micros(200), machine.connect(5)).await;
             assert!(asked.is_err());
@@ -412,7 +417,7 @@ fn marks_become_stages() {
             fake.hear();
         });
         let life = life.await.unwrap();
-        let machine = KvmMachine::new(life.clone());
+        let machine = machine_of(life.clone());
         machine.boot().await.unwrap();
         let stages = life.stages();
         let kernel = stages.kernel_to_init.unwrap();
@@ -439,7 +444,7 @@ proptest! {
                     fake.exit();
                 }
             });
-            let machine = KvmMachine::new(life.await.unwrap());
+            let machine = machine_of(life.await.unwrap());
             let _ = machine.status().await;
             machine.kill().await.unwrap();
             assert_eq!(machine.status().await, Ok(MachineStatus::Ended));

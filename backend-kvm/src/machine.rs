@@ -2,7 +2,9 @@
 
 use crate::{
     control::{Answer, Refusal, Request, Status},
-    life::{Life, Listening, host},
+    files,
+    launcher::{Ours, Process, Started},
+    life::{Life, Listening, Lives, host},
 };
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -13,13 +15,14 @@ use std::{
         unix::net::UnixStream as StdStream,
     },
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tokio::net::UnixStream;
 use vm_core::machine::{
     Acceptor, Link, Machine, MachineError, MachineExit, MachineSpec, MachineStats, MachineStatus,
     SectionSink, Sections,
 };
+use vm_trait::VmId;
 
 /// The longest line with which a connection is accepted: `OK`, a port and a newline.
 const LONGEST_ACCEPTANCE: usize = 32;
@@ -28,11 +31,41 @@ const LONGEST_ACCEPTANCE: usize = 32;
 #[derive(Debug)]
 pub(crate) struct KvmMachine {
     life: Arc<Life>,
+    lives: Arc<Lives>,
 }
 
 impl KvmMachine {
-    pub(crate) fn new(life: Arc<Life>) -> Self {
-        Self { life }
+    /// Makes the machine of a VM's present life, which is kept among all `lives`.
+    pub(crate) fn new(vm: VmId, life: Arc<Life>, lives: &Arc<Lives>) -> Self {
+        lives.keep(vm, &life);
+        Self { life, lives: lives.clone() }
+    }
+
+    /// Makes one copy. When the future is dropped, nothing is left of it.
+    async fn copy(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>, MachineError> {
+        let began = Instant::now();
+        let of_host = |error: io::Error| host(&error);
+        let (ours, control, lifeline) = Ours::new().map_err(of_host)?;
+        let ring = self.life.copy_console().map_err(of_host)?;
+        let console_file = spec.config.console_file.as_deref().map(files::open_console_file);
+        let console_file = console_file.transpose()?;
+        let writable = spec.config.disks.iter().filter(|disk| !disk.read_only);
+        let disks = writable.map(|_| files::nameless()).collect::<Result<Vec<_>, _>>()?;
+        let mut fds = vec![control.as_fd(), lifeline.as_fd(), ours.messages.as_fd(), ring.file()];
+        fds.extend(console_file.as_ref().map(AsFd::as_fd));
+        fds.extend(disks.iter().map(AsFd::as_fd));
+        let name = spec.config.name.clone().unwrap_or_else(|| spec.vm.to_string());
+        let (answer, beside) = self.life.ask_for(Request::Fork { name }, &fds).await?;
+        let process = match (answer?, beside.into_iter().next()) {
+            (Answer::Forked { pid }, Some(exact)) => Process::of_launcher(pid, exact),
+            (other, _) => return Err(unexpected(&other)),
+        };
+        drop((control, lifeline, console_file, disks));
+        let Ours { control, lifeline, messages } = ours;
+        let spawn_time = began.elapsed();
+        let started = Started { control, process, lifeline, messages, spawn_time };
+        let life = Life::of_copy(started, ring).await?;
+        Ok(Arc::new(Self::new(spec.vm, life, &self.lives)))
     }
 
     async fn order(&self, request: Request) -> Result<(), MachineError> {
@@ -114,7 +147,11 @@ impl Machine for KvmMachine {
     }
 
     async fn fork(&self, specs: &[MachineSpec]) -> Vec<Result<Arc<dyn Machine>, MachineError>> {
-        specs.iter().map(|_| unsupported("fork")).collect()
+        let mut copies = Vec::with_capacity(specs.len());
+        for spec in specs {
+            copies.push(self.copy(spec).await);
+        }
+        copies
     }
 
     async fn stats(&self) -> Result<MachineStats, MachineError> {

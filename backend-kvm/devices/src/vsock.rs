@@ -124,6 +124,12 @@ impl VsockDevice {
         VsockState { guest_cid: self.hub.guest_cid(), next_port: self.hub.next_port() }
     }
 
+    /// Gives connecting hosts ports from `next_port` on, as the device did whose [`next_port`](VsockState::next_port) that
+    /// was: so that a guest does not take a new connection for one that it still remembers.
+    pub fn continue_ports(&mut self, next_port: u32) {
+        self.hub.set_next_port(next_port);
+    }
+
     /// Takes a host's stream: a Unix stream socket whose other end says `CONNECT port\n` and then waits for
     /// `OK hostport\n`. It becomes non-blocking.
     ///

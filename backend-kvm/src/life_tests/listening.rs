@@ -1,6 +1,6 @@
 //! Streams that the guest opens.
 
-use super::{Fake, KvmMachine, SOON, StdStream, begin, run};
+use super::{Fake, SOON, StdStream, begin, machine_of, run};
 use crate::control::{Answer, FromLauncher, Request, ToLauncher};
 use std::{
     fs::File,
@@ -91,7 +91,7 @@ fn what_the_guest_opens_is_accepted_bounded_and_refused() {
             assert_eq!((fake.hear_taken(), fake.hear_taken()), ((7, next, 1), (7, next, 1)));
             fake.hear();
         });
-        let machine = KvmMachine::new(life.await.unwrap());
+        let machine = machine_of(life.await.unwrap());
         let mut acceptor = machine.listen(7).await.unwrap();
         assert_eq!(machine.listen(7).await.err(), Some(MachineError::PortInUse(7)));
         assert_eq!(closed.recv().await, Some(EXTRA + 2));
@@ -109,7 +109,7 @@ fn what_the_guest_opens_is_accepted_bounded_and_refused() {
 
 /// Listens, and once the launcher is ready sends until no more finds room.
 async fn listen_and_stuff(
-    machine: &KvmMachine,
+    machine: &crate::machine::KvmMachine,
     is_ready: &mut UnboundedReceiver<()>,
 ) -> Box<dyn Acceptor> {
     let acceptor = machine.listen(7).await.unwrap();
@@ -149,7 +149,7 @@ fn what_was_taken_is_told_once_there_is_room() {
             ready.send(()).unwrap();
             fake.hear();
         });
-        let machine = KvmMachine::new(life.await.unwrap());
+        let machine = machine_of(life.await.unwrap());
         let mut acceptor = listen_and_stuff(&machine, &mut is_ready).await;
         assert_eq!(first_byte(&mut acceptor).await, 1);
         assert_eq!(first_byte(&mut acceptor).await, 2);
@@ -182,7 +182,7 @@ fn a_port_that_could_not_be_given_up_is_at_its_next_stream() {
             ready.send(()).unwrap();
             fake.hear();
         });
-        let machine = KvmMachine::new(life.await.unwrap());
+        let machine = machine_of(life.await.unwrap());
         drop(listen_and_stuff(&machine, &mut is_ready).await);
         go.send(()).unwrap();
         is_ready.recv().await.unwrap();

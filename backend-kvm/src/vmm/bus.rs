@@ -25,6 +25,11 @@ impl Bus {
         Self { ports: Mutex::new(ports), devices, channel }
     }
 
+    /// Does something with the ports.
+    pub(super) fn ports<T>(&self, act: impl FnOnce(&mut Ports) -> T) -> T {
+        act(&mut lock(&self.ports))
+    }
+
     /// Does what a write to a port asks for; says so when it stops the machine.
     pub(super) fn port_written(&self, port: u16, data: &[u8]) -> Option<Stopped> {
         let effect = lock(&self.ports).write(port, data);

@@ -84,8 +84,20 @@ impl Channel {
     /// # Errors
     /// When the owner is gone or does not read.
     pub(super) fn send(&self, message: &FromLauncher) -> io::Result<()> {
+        self.send_with(message, None)
+    }
+
+    /// As [`send`](Self::send), with a descriptor if there is one.
+    ///
+    /// # Errors
+    /// As [`send`](Self::send).
+    pub(super) fn send_with(
+        &self,
+        message: &FromLauncher,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> io::Result<()> {
         let deadline = Instant::now() + SEND_PATIENCE;
-        while !self.try_send(message, None)? {
+        while !self.try_send(message, fd)? {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(io::Error::new(io::ErrorKind::TimedOut, "the owner does not read"));

@@ -36,13 +36,15 @@ struct Log {
 }
 
 impl Console {
-    /// Writes to a ring of `ring_len` bytes, and to a file that may take `limit` bytes.
+    /// Writes to a ring of `ring_len` bytes, after what is in it, and to a file that may take `limit` bytes.
     pub(super) fn new(ring: File, ring_len: u32, file: Option<(File, u64)>) -> Self {
         let file = file.map(|(file, room)| Log { file, room });
+        let mut count = [0; 8];
+        let counted = ring.read_exact_at(&mut count, 0);
         Self {
             ring,
             ring_len: u64::from(ring_len),
-            written: 0,
+            written: counted.map_or(0, |()| u64::from_le_bytes(count)),
             file,
             batch: Vec::with_capacity(BATCH),
             panic: Finder::default(),

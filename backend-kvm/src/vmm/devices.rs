@@ -11,13 +11,15 @@ use crate::control::{DiskSetUp, FromLauncher, Refusal};
 use crate::sync::lock;
 use kvm_ioctls::{IoEventAddress, VmFd};
 use rustix::event::epoll;
+use serde::{Deserialize, Serialize};
 use std::{
     fs::File,
     os::fd::{AsFd, OwnedFd},
     sync::{Arc, Mutex},
 };
 use vm_kvm_devices::{
-    BlockDevice, BlockOptions, EntropyDevice, IrqLine, Memory, MmioTransport, VirtioDevice,
+    BlockDevice, BlockOptions, EntropyDevice, IrqLine, Memory, MmioTransport, TransportState,
+    VirtioDevice,
     mmio::QUEUE_NOTIFY_OFFSET,
     vsock::{Incoming, Listener, VsockDevice, VsockLimits},
 };
@@ -36,6 +38,14 @@ pub(super) struct DeviceSetUp {
 #[derive(Debug)]
 pub(super) struct Devices {
     slots: Vec<Slot>,
+}
+
+/// The state of all devices as plain data.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct DevicesState {
+    transports: Vec<TransportState>,
+    /// The next port of the host that a connection to the guest comes from.
+    next_port: u32,
 }
 
 #[derive(Debug)]
@@ -147,6 +157,44 @@ impl Devices {
         {
             act(device);
         }
+    }
+
+    /// Gives the devices' state. The machine must stand still.
+    ///
+    /// # Errors
+    /// When a device does not give its queues.
+    pub(super) fn save(&self) -> Result<DevicesState, Refusal> {
+        let saved: Result<_, _> =
+            self.slots.iter().map(|slot| lock(&slot.transport).save()).collect();
+        let transports = saved.map_err(|error| Refusal::Failed(error.to_string()))?;
+        let mut next_port = 0;
+        self.vsock(|vsock| next_port = vsock.save().next_port);
+        Ok(DevicesState { transports, next_port })
+    }
+
+    /// Takes up a saved state in devices that no driver has touched yet. The connections that the guest had are gone,
+    /// which it is told.
+    ///
+    /// # Errors
+    /// When the state does not fit these devices.
+    pub(super) fn restore(&self, state: &DevicesState) -> Result<(), Refusal> {
+        if state.transports.len() != self.slots.len() {
+            return Err(Refusal::Failed(format!(
+                "{} devices were saved, {} are here",
+                state.transports.len(),
+                self.slots.len()
+            )));
+        }
+        for (slot, saved) in self.slots.iter().zip(&state.transports) {
+            let restored = lock(&slot.transport).restore(saved);
+            restored.map_err(|error| Refusal::Failed(format!("saved device: {error}")))?;
+        }
+        let mut reset = Ok(());
+        self.vsock(|vsock| {
+            vsock.continue_ports(state.next_port);
+            reset = vsock.reset_connections();
+        });
+        reset.map_err(|broken| Refusal::Failed(broken.to_string()))
     }
 
     fn at(&self, address: u64) -> Option<(&Slot, u64)> {

@@ -64,7 +64,7 @@ pub(super) fn take() -> io::Result<Inherited> {
 /// A pipe whose last writer goes signals its asynchronous readers (fcntl(2), `F_SETSIG`; pipe(7)). Nothing in this
 /// process has to run for that, unlike with a thread that polls, and unlike `PR_SET_PDEATHSIG` it does not look at
 /// the thread that made the process.
-fn tie_life_to(lifeline: &OwnedFd) -> io::Result<()> {
+pub(super) fn tie_life_to(lifeline: &OwnedFd) -> io::Result<()> {
     if !FileType::from_raw_mode(fstat(lifeline)?.st_mode).is_fifo() {
         return Err(io::Error::other("descriptor 4 is not a pipe"));
     }

@@ -5,20 +5,24 @@ use super::{
     bus::Bus,
     channel::Channel,
     console::{Console, check_ring},
-    cpu::{Model, enter_kernel, prepare_all, write_tables},
-    devices::{DeviceSetUp, Devices, event},
+    cpu::{Model, StateKinds, VcpuState, enter_kernel, prepare_all, write_tables},
+    devices::{DeviceSetUp, Devices, DevicesState, event},
     flush::FlushTimer,
     layout::{IDENTITY_MAP, SERIAL_LINE, TSS},
     memory,
-    ports::Ports,
+    ports::{Ports, PortsState},
     refuse::{config, failed, kvm_failed},
     threads::prepare_kicks,
     vcpus::{Outcome, Stopped, Vcpus},
 };
-use crate::control::{End, MachineSetUp, Refusal, Stats, Status};
+use crate::control::{DiskSetUp, End, MachineSetUp, Refusal, Stats, Status};
 use crate::sync::lock;
-use kvm_bindings::{KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_pit_config};
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_irqchip, kvm_pit_config, kvm_pit_state2,
+};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use serde::{Deserialize, Serialize};
 use std::{
     fs::File,
     os::fd::OwnedFd,
@@ -38,9 +42,26 @@ pub(super) struct Machine {
     outcome: Arc<Outcome>,
     /// KVM's clock as it was when the machine was paused.
     clock: kvm_clock_data,
+    bus: Arc<Bus>,
+    kinds: StateKinds,
+    set_up: MachineSetUp,
+    /// The disks' files, which the devices have too.
+    disks: Vec<File>,
     vm: VmFd,
     // After what uses it.
     memory: Memory,
+}
+
+/// All of a machine's state but its memory and disks, as plain data.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct MachineState {
+    vcpus: Vec<VcpuState>,
+    pit: kvm_pit_state2,
+    irqchips: Vec<kvm_irqchip>,
+    /// KVM's clock in nanoseconds, as the guest sees it.
+    clock_ns: u64,
+    ports: PortsState,
+    devices: DevicesState,
 }
 
 /// The descriptors of a set-up, taken apart.
@@ -48,10 +69,22 @@ pub(super) struct Machine {
 struct Files {
     kernel: File,
     initrd: Vec<File>,
-    ring: File,
-    log: Option<File>,
-    disks: Vec<File>,
+    outside: Outside,
 }
+
+/// The files through which a machine reaches the host.
+#[derive(Debug)]
+pub(super) struct Outside {
+    /// The console's ring.
+    pub(super) ring: File,
+    /// The file that the console is appended to.
+    pub(super) log: Option<File>,
+    /// The disks in order.
+    pub(super) disks: Vec<File>,
+}
+
+/// KVM's interrupt controllers, in the order in which they are restored.
+const IRQCHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
 
 impl Machine {
     /// Makes a machine with its kernel in memory, ready to be booted.
@@ -59,55 +92,85 @@ impl Machine {
     /// # Errors
     /// [`Refusal::Config`] naming what cannot be had, [`Refusal::Exhausted`] or [`Refusal::Failed`].
     pub(super) fn new(
-        set_up: MachineSetUp,
+        set_up: &MachineSetUp,
         fds: Vec<OwnedFd>,
         channel: &Arc<Channel>,
     ) -> Result<Self, Refusal> {
-        let files = take_apart(&set_up, fds)?;
+        let files = take_apart(set_up, fds)?;
         prepare_kicks().map_err(|error| failed("signal handler", error))?;
+        let memory = memory::map(set_up.memory_mib)?;
+        let machine = Self::assemble(set_up, files.outside, memory, channel)?;
+        let source = BootSource {
+            kernel: &files.kernel,
+            initrd: &files.initrd,
+            cmdline: &set_up.cmdline,
+            devices: &machine.devices.announced(),
+            vcpus: set_up.vcpus,
+        };
+        let entry = prepare(&machine.memory, &source)?;
+        write_tables(&machine.memory)?;
+        machine.vcpus.each(|id, vcpu| if id == 0 { enter_kernel(vcpu, entry) } else { Ok(()) })?;
+        Ok(machine)
+    }
+
+    /// Makes a machine that stands still where another one stood whose state and memory these are.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); also where the state does not fit.
+    pub(super) fn revive(
+        set_up: &MachineSetUp,
+        outside: Outside,
+        memory: Memory,
+        state: &MachineState,
+        channel: &Arc<Channel>,
+    ) -> Result<Self, Refusal> {
+        let mut machine = Self::assemble(set_up, outside, memory, channel)?;
+        machine.restore(state)?;
+        machine.status = Status::Paused;
+        Ok(machine)
+    }
+
+    fn assemble(
+        set_up: &MachineSetUp,
+        outside: Outside,
+        memory: Memory,
+        channel: &Arc<Channel>,
+    ) -> Result<Self, Refusal> {
         let kvm = open_kvm()?;
         let model = Model::new(&kvm, set_up.vcpus)?;
-        let memory = memory::map(set_up.memory_mib)?;
         let vm = make_vm(&kvm)?;
         memory::give_to_guest(&vm, &memory)?;
-        let vcpus = make_vcpus(&vm, &model, set_up.vcpus)?;
+        let vcpus = make_vcpus(&kvm, &vm, &model, set_up.vcpus)?;
+        let kinds = StateKinds::new(&kvm, &vm)?;
 
-        let log = files.log.map(|log| (log, set_up.console_file_limit));
-        let console = Console::new(files.ring, set_up.console_ring_bytes, log);
+        let log = outside.log.map(|log| (log, set_up.console_file_limit));
+        let console = Console::new(outside.ring, set_up.console_ring_bytes, log);
         let console = Arc::new(Mutex::new(console));
         let flush = Arc::new(FlushTimer::new().map_err(|error| failed("timer", error))?);
         let serial_line = event()?;
         vm.register_irqfd(&serial_line, SERIAL_LINE).map_err(kvm_failed("KVM_IRQFD"))?;
         let ports = Ports::new(&serial_line, console.clone(), flush.clone())?;
+        let disks = outside.disks.iter().map(File::try_clone).collect::<Result<_, _>>();
+        let disks = disks.map_err(|error| failed("disk", error))?;
         let device_set_up = DeviceSetUp {
             vsock_cid: set_up.vsock_cid,
-            disks: set_up.disks.into_iter().zip(files.disks).collect(),
+            disks: set_up.disks.iter().cloned().zip(outside.disks).collect(),
         };
         let devices = Arc::new(Devices::new(&vm, &memory, device_set_up, channel)?);
-
-        let source = BootSource {
-            kernel: &files.kernel,
-            initrd: &files.initrd,
-            cmdline: &set_up.cmdline,
-            devices: &devices.announced(),
-            vcpus: set_up.vcpus,
-        };
-        let entry = prepare(&memory, &source)?;
-        write_tables(&memory)?;
-        enter_kernel(&vcpus[0], entry)?;
-
         let outcome = Arc::new(Outcome::new(event()?));
         let bus = Arc::new(Bus::new(ports, devices.clone(), channel.clone()));
-        let vcpus = Vcpus::new(vcpus, &bus, &outcome)?;
-        let clock = kvm_clock_data::default();
         Ok(Self {
             status: Status::Fresh,
-            vcpus,
+            vcpus: Vcpus::new(vcpus, &bus, &outcome)?,
             devices,
             console,
             flush,
             outcome,
-            clock,
+            clock: kvm_clock_data::default(),
+            bus,
+            kinds,
+            set_up: set_up.clone(),
+            disks,
             vm,
             memory,
         })
@@ -158,6 +221,67 @@ impl Machine {
         self.vcpus.run();
         self.status = Status::Running;
         Ok(())
+    }
+
+    /// Gives all of a paused machine's state but its memory and disks: devices first, which may still interrupt, then
+    /// the vCPUs, then what they share.
+    ///
+    /// # Errors
+    /// [`Refusal::State`] unless the machine is paused, [`Refusal::Failed`].
+    pub(super) fn save(&self) -> Result<MachineState, Refusal> {
+        self.must_be(Status::Paused)?;
+        let devices = self.devices.save()?;
+        let ports = self.bus.ports(|ports| ports.save());
+        let mut vcpus = Vec::new();
+        self.vcpus.each(|_, vcpu| {
+            vcpus.push(VcpuState::save(vcpu, &self.kinds)?);
+            Ok::<_, Refusal>(())
+        })?;
+        let pit = self.vm.get_pit2().map_err(kvm_failed("KVM_GET_PIT2"))?;
+        let irqchips = IRQCHIPS.iter().map(|&chip_id| {
+            let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+            self.vm.get_irqchip(&mut chip).map_err(kvm_failed("KVM_GET_IRQCHIP"))?;
+            Ok(chip)
+        });
+        let irqchips = irqchips.collect::<Result<_, Refusal>>()?;
+        Ok(MachineState { vcpus, pit, irqchips, clock_ns: self.clock.clock, ports, devices })
+    }
+
+    /// Puts a state into a machine that was just made. vCPUs come first, as KVM wants them before what they share, and
+    /// the devices last, because they interrupt.
+    fn restore(&mut self, state: &MachineState) -> Result<(), Refusal> {
+        if state.vcpus.len() != usize::from(self.set_up.vcpus) {
+            let reason =
+                format!("{} were saved, {} are here", state.vcpus.len(), self.set_up.vcpus);
+            return Err(config("vcpus", reason));
+        }
+        let mut states = state.vcpus.iter();
+        self.vcpus.each(|_, vcpu| {
+            states.next().map_or(Ok(()), |state| state.restore(vcpu, &self.kinds))
+        })?;
+        self.vm.set_pit2(&state.pit).map_err(kvm_failed("KVM_SET_PIT2"))?;
+        // It is set when the machine goes on.
+        self.clock = kvm_clock_data { clock: state.clock_ns, ..Default::default() };
+        for chip in &state.irqchips {
+            self.vm.set_irqchip(chip).map_err(kvm_failed("KVM_SET_IRQCHIP"))?;
+        }
+        self.bus.ports(|ports| ports.restore(&state.ports))?;
+        self.devices.restore(&state.devices)
+    }
+
+    /// Gives the memory, for a copy of this process.
+    pub(super) fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Gives what it was made of.
+    pub(super) fn set_up(&self) -> &MachineSetUp {
+        &self.set_up
+    }
+
+    /// Gives each disk's file with what was said of it.
+    pub(super) fn disks(&self) -> impl Iterator<Item = (&DiskSetUp, &File)> {
+        self.set_up.disks.iter().zip(&self.disks)
     }
 
     /// Counts.
@@ -236,7 +360,7 @@ fn take_apart(set_up: &MachineSetUp, fds: Vec<OwnedFd>) -> Result<Files, Refusal
     check_ring(&ring, set_up.console_ring_bytes)
         .map_err(|error| config("console_ring_bytes", error.to_string()))?;
     let log = if set_up.console_file { Some(next()?) } else { None };
-    Ok(Files { kernel, initrd, ring, log, disks: fds.collect() })
+    Ok(Files { kernel, initrd, outside: Outside { ring, log, disks: fds.collect() } })
 }
 
 fn open_kvm() -> Result<Kvm, Refusal> {
@@ -285,10 +409,12 @@ fn make_vm(kvm: &Kvm) -> Result<VmFd, Refusal> {
     Ok(vm)
 }
 
-fn make_vcpus(vm: &VmFd, model: &Model, count: u8) -> Result<Vec<VcpuFd>, Refusal> {
+fn make_vcpus(kvm: &Kvm, vm: &VmFd, model: &Model, count: u8) -> Result<Vec<VcpuFd>, Refusal> {
+    let run_bytes = kvm.get_vcpu_mmap_size().map_err(kvm_failed("KVM_GET_VCPU_MMAP_SIZE"))?;
     let mut vcpus = Vec::with_capacity(usize::from(count));
     for id in 0..count {
-        let vcpu = vm.create_vcpu(u64::from(id)).map_err(kvm_failed("KVM_CREATE_VCPU"))?;
+        let mut vcpu = vm.create_vcpu(u64::from(id)).map_err(kvm_failed("KVM_CREATE_VCPU"))?;
+        memory::keep_from_copies(&mut vcpu, run_bytes)?;
         vcpu.set_cpuid2(&model.of_vcpu(id)).map_err(kvm_failed("KVM_SET_CPUID2"))?;
         prepare_all(&vcpu)?;
         vcpus.push(vcpu);

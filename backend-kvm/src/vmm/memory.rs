@@ -7,7 +7,7 @@ use super::{
 };
 use crate::control::Refusal;
 use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{VcpuFd, VmFd};
 use rustix::mm::Advice;
 use std::{
     fs::File,
@@ -80,6 +80,18 @@ pub(super) fn give_to_guest(vm: &VmFd, memory: &Memory) -> Result<(), Refusal> {
         unsafe { vm.set_user_memory_region(slot) }.map_err(kvm_failed("memory slot"))?;
     }
     Ok(())
+}
+
+/// Keeps the memory that a vCPU shares with KVM out of copies of this process: a copy could not use it, and would keep
+/// the vCPU alive.
+///
+/// # Errors
+/// When the host refuses.
+pub(super) fn keep_from_copies(vcpu: &mut VcpuFd, run_bytes: usize) -> Result<(), Refusal> {
+    let run: *mut kvm_bindings::kvm_run = vcpu.get_kvm_run();
+    // SAFETY: the range is the vCPU's own mapping, of the size that KVM says, and the advice changes nothing but forks.
+    unsafe { rustix::mm::madvise(run.cast(), run_bytes, Advice::LinuxDontFork) }
+        .map_err(|error| failed("vCPU", error))
 }
 
 /// Counts the bytes of a guest's memory that are resident.

@@ -11,11 +11,13 @@
 //! | the machine and its life | `machine`, `vcpus` |
 //! | what a kernel finds when it starts | `boot`, `cpu`, `layout` |
 //! | devices | `devices`, `ports`, `console` |
+//! | a machine's state, and copies of it | `machine`, `cpu`, `copies`, `split` |
 
 mod boot;
 mod bus;
 mod channel;
 mod console;
+mod copies;
 mod cpu;
 mod devices;
 mod exit_detail;
@@ -28,6 +30,7 @@ mod ports;
 mod process;
 mod refuse;
 mod serve;
+mod split;
 mod threads;
 mod vcpus;
 mod wall_clock;
@@ -58,6 +61,7 @@ pub fn launcher_main() -> ExitCode {
 fn launch() -> io::Result<()> {
     let inherited = fds::take()?;
     process::detach()?;
+    split::leave_copies_to_kernel();
     let channel = Arc::new(Channel::new(inherited.control));
     end_on_panic(channel.clone());
     channel.send(&FromLauncher::Hello { version: CONTROL_VERSION })?;

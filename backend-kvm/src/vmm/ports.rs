@@ -9,12 +9,13 @@ use super::{
 };
 use crate::control::Refusal;
 use crate::sync::lock;
+use serde::{Deserialize, Serialize};
 use std::{
     io::{self, Write},
     sync::{Arc, Mutex},
 };
 use vm_guest_protocol::boot::BOOT_MARK_PORT;
-use vm_superio::{Serial, Trigger, serial::NoEvents};
+use vm_superio::{Serial, SerialState, Trigger, serial::NoEvents};
 use vmm_sys_util::eventfd::EventFd;
 
 /// The keyboard controller's data port.
@@ -59,6 +60,18 @@ pub(super) struct Ports {
     marks: [bool; 256],
 }
 
+/// The ports' registers as plain data.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct PortsState {
+    /// Divisor low and high, interrupt enable and identification, line control and status, modem control and status,
+    /// scratch.
+    serial: [u8; 9],
+    received: Vec<u8>,
+    clock: WallClock,
+    pm1_enable: [u8; 2],
+    pm1_control: u16,
+}
+
 impl Ports {
     /// Makes them, with the serial port's interrupt line.
     ///
@@ -77,6 +90,59 @@ impl Ports {
             pm1_control: SCI_ENABLE,
             marks: [false; 256],
         })
+    }
+
+    /// Gives the registers.
+    pub(super) fn save(&self) -> PortsState {
+        let serial = self.serial.state();
+        PortsState {
+            serial: [
+                serial.baud_divisor_low,
+                serial.baud_divisor_high,
+                serial.interrupt_enable,
+                serial.interrupt_identification,
+                serial.line_control,
+                serial.line_status,
+                serial.modem_control,
+                serial.modem_status,
+                serial.scratch,
+            ],
+            received: serial.in_buffer,
+            clock: self.clock.clone(),
+            pm1_enable: self.pm1_enable,
+            pm1_control: self.pm1_control,
+        }
+    }
+
+    /// Takes up saved registers.
+    ///
+    /// # Errors
+    /// When they are none that the serial port can have.
+    pub(super) fn restore(&mut self, state: &PortsState) -> Result<(), Refusal> {
+        let refused = |what: String| Refusal::Failed(format!("saved serial port: {what}"));
+        let [low, high, enable, identification, line, line_status, modem, modem_status, scratch] =
+            state.serial;
+        let serial = SerialState {
+            baud_divisor_low: low,
+            baud_divisor_high: high,
+            interrupt_enable: enable,
+            interrupt_identification: identification,
+            line_control: line,
+            line_status,
+            modem_control: modem,
+            modem_status,
+            scratch,
+            in_buffer: state.received.clone(),
+        };
+        let line = self.serial.interrupt_evt().0.try_clone();
+        let line = line.map_err(|error| failed("serial line", error))?;
+        let printer = self.serial.writer().clone();
+        let made = Serial::from_state(&serial, SerialLine(line), NoEvents, printer);
+        self.serial = made.map_err(|error| refused(format!("{error:?}")))?;
+        self.clock = state.clock.clone();
+        self.pm1_enable = state.pm1_enable;
+        self.pm1_control = state.pm1_control | SCI_ENABLE;
+        Ok(())
     }
 
     /// Does what a write asks for; `data` is one access, or several to the same port.
@@ -160,7 +226,7 @@ impl Trigger for SerialLine {
 }
 
 /// Hands what the guest prints to the console.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Printer {
     console: Arc<Mutex<Console>>,
     flush: Arc<FlushTimer>,

@@ -2,6 +2,7 @@
 
 use super::{
     channel::{Channel, Received},
+    copies,
     fds::of_event,
     machine::Machine,
     process::name_thread,
@@ -35,13 +36,25 @@ pub(super) fn serve(channel: &Arc<Channel>) -> io::Result<()> {
     let mut buffer = Vec::new();
     let Some((set_up, fds)) = wait_for_set_up(channel, &mut buffer)? else { return Ok(()) };
     name_thread(&format!("vm-{}", set_up.name));
-    let machine = match Machine::new(set_up, fds, channel) {
+    let machine = match Machine::new(&set_up, fds, channel) {
         Ok(machine) => machine,
         Err(refusal) => {
             channel.send(&FromLauncher::SetUpDone(Err(refusal.clone())))?;
             return Err(io::Error::other(refusal));
         }
     };
+    serve_machine(machine, channel, buffer)
+}
+
+/// Tells the owner that the machine is made, and serves until it ends or the owner hangs up.
+///
+/// # Errors
+/// As [`serve`].
+pub(super) fn serve_machine(
+    machine: Machine,
+    channel: &Arc<Channel>,
+    buffer: Vec<u8>,
+) -> io::Result<()> {
     let mut server = Server::new(machine, channel.clone(), buffer)?;
     channel.send(&FromLauncher::SetUpDone(Ok(())))?;
     server.run()
@@ -91,13 +104,16 @@ impl Server {
         let outer = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let devices = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         machine.devices().watch(&devices)?;
+        let paused = machine.status() == Status::Paused;
         let add = |fd, token| {
             epoll::add(&outer, fd, epoll::EventData::new_u64(token), epoll::EventFlags::IN)
         };
         add(channel.as_fd(), CONTROL)?;
         add(of_event(machine.outcome().event()), OUTCOME)?;
         add(machine.flush_timer().as_fd(), FLUSH)?;
-        add(devices.as_fd(), DEVICES)?;
+        if !paused {
+            add(devices.as_fd(), DEVICES)?;
+        }
         Ok(Self { machine, channel, buffer, outer, devices })
     }
 
@@ -151,6 +167,15 @@ impl Server {
             Received::Message(ToLauncher::SetUp(_), _) => {
                 Err(io::Error::other("the machine was described twice"))
             }
+            Received::Message(ToLauncher::Request { id, request: Request::Fork { name } }, fds) => {
+                let (result, exact) = match copies::fork(&mut self.machine, name, fds)? {
+                    Ok((pid, exact)) => (Ok(Answer::Forked { pid }), Some(exact)),
+                    Err(refusal) => (Err(refusal), None),
+                };
+                let reply = FromLauncher::Reply { id, result };
+                self.channel.send_with(&reply, exact.as_ref().map(AsFd::as_fd))?;
+                Ok(Going::On)
+            }
             Received::Message(ToLauncher::Request { id, request }, fds) => {
                 let result = self.answer(&request, fds)?;
                 self.channel.send(&FromLauncher::Reply { id, result })?;
@@ -191,6 +216,7 @@ impl Server {
             Request::Pause => self.pause()?,
             Request::Resume => self.resume()?,
             Request::Connect => self.connect(stream),
+            Request::Fork { .. } => Err(Refusal::State(self.machine.status())),
             &Request::Listen { port, listener, backlog } => {
                 let listener = Listener { port, number: listener };
                 self.machine.devices().vsock(|vsock| vsock.listen(listener, backlog));

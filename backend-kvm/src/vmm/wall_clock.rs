@@ -1,9 +1,10 @@
 //! [`WallClock`]: the clock chip of a PC (MC146818), as far as kernels read the time from it.
 
+use serde::{Deserialize, Serialize};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Answers with the host's time in UTC, in BCD and 24 hours. Writes have no effect.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct WallClock {
     index: u8,
 }

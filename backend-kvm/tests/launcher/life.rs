@@ -35,7 +35,7 @@ pub(crate) const WITH_KVM: &[Test] = &[
 
 fn ends_when_the_owner_hangs_up() {
     let owner = Owner::start(&launcher());
-    let Owner { ref socket, .. } = owner;
+    let socket = &owner.socket;
     rustix::net::shutdown(socket, rustix::net::Shutdown::Write).unwrap();
     let mut owner = owner;
     assert!(owner.exited().success());

@@ -4,6 +4,7 @@
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #![forbid(unsafe_code)]
 
+mod copies;
 mod hostile;
 mod life;
 mod machine;
@@ -27,7 +28,9 @@ fn main() -> ExitCode {
         .into_iter()
         .map(|(name, test)| trial(name, test))
         .collect();
-    for (name, test) in [machine::TESTS, vsock::TESTS, life::WITH_KVM, hostile::WITH_KVM].concat() {
+    for (name, test) in
+        [machine::TESTS, copies::TESTS, vsock::TESTS, life::WITH_KVM, hostile::WITH_KVM].concat()
+    {
         trials.push(match &missing {
             None => trial(name, test),
             Some(error) => trial(name, test)

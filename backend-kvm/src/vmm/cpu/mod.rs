@@ -2,6 +2,8 @@
 
 mod cpuid;
 mod registers;
+mod state;
 
 pub(super) use cpuid::Model;
 pub(super) use registers::{enter_kernel, prepare_all, write_tables};
+pub(super) use state::{StateKinds, VcpuState};

@@ -17,6 +17,7 @@ use std::{
     fs::File,
     io::{self, IoSlice, IoSliceMut},
     mem::MaybeUninit,
+    ops::{Deref, DerefMut},
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::FileExt,
@@ -36,15 +37,35 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 /// How much of the console is kept.
 pub(crate) const RING: u32 = 64 << 10;
 
-/// A launcher that runs.
+/// A launcher that runs, and is this process's child.
 #[derive(Debug)]
 pub(crate) struct Owner {
     pub(crate) child: Child,
+    link: Link,
+}
+
+/// The talk with a launcher.
+#[derive(Debug)]
+pub(crate) struct Link {
     pub(crate) socket: OwnedFd,
     pub(crate) lifeline: Option<OwnedFd>,
     /// What came while an answer was waited for.
     pub(crate) heard: Vec<FromLauncher>,
     next_id: u64,
+}
+
+impl Deref for Owner {
+    type Target = Link;
+
+    fn deref(&self) -> &Link {
+        &self.link
+    }
+}
+
+impl DerefMut for Owner {
+    fn deref_mut(&mut self) -> &mut Link {
+        &mut self.link
+    }
 }
 
 /// What is handed over beside a set-up.
@@ -148,7 +169,32 @@ impl Owner {
             ])
             .map_err(io::Error::other)?;
         let child = command.spawn()?;
-        Ok(Self { child, socket, lifeline: Some(lifeline.into()), heard: Vec::new(), next_id: 0 })
+        Ok(Self { child, link: Link::new(socket, lifeline.into()) })
+    }
+
+    /// Waits until the process has exited.
+    pub(crate) fn exited(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "the launcher does not exit");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Link {
+    pub(crate) fn new(socket: OwnedFd, lifeline: OwnedFd) -> Self {
+        Self { socket, lifeline: Some(lifeline), heard: Vec::new(), next_id: 0 }
     }
 
     pub(crate) fn say(&self, message: &ToLauncher, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
@@ -228,16 +274,25 @@ impl Owner {
         request: Request,
         fds: &[BorrowedFd<'_>],
     ) -> Result<Answer, Refusal> {
+        self.ask_for(request, fds).0
+    }
+
+    /// Asks, and waits for the answer with its descriptors.
+    pub(crate) fn ask_for(
+        &mut self,
+        request: Request,
+        fds: &[BorrowedFd<'_>],
+    ) -> (Result<Answer, Refusal>, Vec<OwnedFd>) {
         let id = self.next_id;
         self.next_id += 1;
         self.say(&ToLauncher::Request { id, request }, fds).unwrap();
         loop {
-            match self.hear().expect("an answer").0 {
-                FromLauncher::Reply { id: answered, result } => {
+            match self.hear().expect("an answer") {
+                (FromLauncher::Reply { id: answered, result }, fds) => {
                     assert_eq!(answered, id);
-                    return result;
+                    return (result, fds);
                 }
-                other => self.heard.push(other),
+                (other, _) => self.heard.push(other),
             }
         }
     }
@@ -250,24 +305,5 @@ impl Owner {
                 other => self.heard.push(other),
             }
         }
-    }
-
-    /// Waits until the process has exited.
-    pub(crate) fn exited(&mut self) -> ExitStatus {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                return status;
-            }
-            assert!(Instant::now() < deadline, "the launcher does not exit");
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-}
-
-impl Drop for Owner {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }

@@ -101,6 +101,13 @@ impl Code {
         code.raw(&[0x66, 0xba, 0xf8, 0x03, 0xee])
     }
 
+    /// Counts a byte of memory up for ever and prints it each time, with a pause of so many turns of an empty loop.
+    pub(crate) fn count_for_ever(self, at: u32, turns: u32) -> Self {
+        // inc byte [at]; mov al, [at]; mov dx, 0x3f8; out dx, al; mov ecx, turns; dec ecx; jnz; jmp to the first
+        let code = self.raw(&[0xfe, 0x04, 0x25]).raw(&at.to_le_bytes()).print_byte(at);
+        code.raw(&[0xb9]).raw(&turns.to_le_bytes()).raw(&[0xff, 0xc9, 0x75, 0xfc, 0xeb, 0xe2])
+    }
+
     fn raw(mut self, bytes: &[u8]) -> Self {
         self.0.extend(bytes);
         self

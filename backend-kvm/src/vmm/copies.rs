@@ -1,0 +1,203 @@
+//! Copies of a machine that stands still, each in a process of its own.
+
+use super::{
+    channel::Channel,
+    end_on_panic,
+    machine::{Machine, MachineState, Outside},
+    process::name_thread,
+    refuse::{config, failed},
+    serve::serve_machine,
+    split::{Side, become_launcher, split},
+};
+use crate::control::{CONTROL_VERSION, FromLauncher, MachineSetUp, Refusal};
+use rustix::{
+    fs::{SeekFrom, copy_file_range, seek},
+    io::Errno,
+};
+use std::{
+    fs::File,
+    io::{self, Write},
+    os::fd::{AsFd, OwnedFd},
+    sync::Arc,
+};
+use vm_kvm_devices::Memory;
+
+/// How many bytes of a disk are copied in one call.
+const COPY_STEP: u64 = 64 << 20;
+
+/// What a copy is made of.
+#[derive(Debug)]
+struct Parcel {
+    control: OwnedFd,
+    lifeline: OwnedFd,
+    messages: OwnedFd,
+    outside: Outside,
+}
+
+/// Makes a copy of a paused machine and says which process it is. In the copy, it never returns.
+///
+/// # Errors
+/// Where the request makes no sense as a packet.
+pub(super) fn fork(
+    machine: &mut Machine,
+    name: String,
+    fds: Vec<OwnedFd>,
+) -> io::Result<Result<(u32, OwnedFd), Refusal>> {
+    let prepare = || -> Result<_, Refusal> {
+        let state = machine.save()?;
+        machine.show_console();
+        Ok((Parcel::new(machine, fds)?, state))
+    };
+    let (parcel, state) = match prepare() {
+        Ok(prepared) => prepared,
+        Err(refusal) => return Ok(Err(refusal)),
+    };
+    match split() {
+        Ok(Side::Original { pid, exact }) => Ok(Ok((pid, exact))),
+        Ok(Side::Copy) => {
+            let set_up = MachineSetUp { name, ..machine.set_up().clone() };
+            let memory = machine.memory().clone();
+            let code = match parcel.go_on(&set_up, memory, &state) {
+                Ok(()) => 0,
+                Err(error) => {
+                    let _ = writeln!(io::stderr(), "vm-kvm-launcher: {error}");
+                    1
+                }
+            };
+            // What the original's threads shared with this one must not be dropped here.
+            std::process::exit(code);
+        }
+        Err(error) => Ok(Err(failed("copy of the process", error))),
+    }
+}
+
+impl Parcel {
+    /// Takes a request's descriptors in their order, and fills the copy's own disks.
+    fn new(machine: &Machine, fds: Vec<OwnedFd>) -> Result<Self, Refusal> {
+        let set_up = machine.set_up();
+        let own = set_up.disks.iter().filter(|disk| !disk.read_only).count();
+        let expected = 4 + usize::from(set_up.console_file) + own;
+        if fds.len() != expected {
+            let reason = format!("{} came, {expected} are wanted", fds.len());
+            return Err(config("descriptors", reason));
+        }
+        let mut fds = fds.into_iter();
+        let mut next = || fds.next().ok_or_else(|| config("descriptors", "one is missing"));
+        let (control, lifeline, messages) = (next()?, next()?, next()?);
+        let ring = File::from(next()?);
+        let log = if set_up.console_file { Some(File::from(next()?)) } else { None };
+        let disks = machine.disks().map(|(disk, file)| {
+            if disk.read_only {
+                return file.try_clone().map_err(|error| failed("disk", error));
+            }
+            let own = File::from(next()?);
+            copy_disk(file, &own).map_err(|error| failed(&disk.serial, error))?;
+            Ok(own)
+        });
+        let disks = disks.collect::<Result<_, Refusal>>()?;
+        Ok(Self { control, lifeline, messages, outside: Outside { ring, log, disks } })
+    }
+
+    /// Lives as the copy, until its machine ends or its owner hangs up.
+    fn go_on(self, set_up: &MachineSetUp, memory: Memory, state: &MachineState) -> io::Result<()> {
+        let Self { control, lifeline, messages, outside } = self;
+        let mut kept = vec![control.as_fd(), outside.ring.as_fd()];
+        kept.extend(outside.log.as_ref().map(AsFd::as_fd));
+        kept.extend(outside.disks.iter().map(AsFd::as_fd));
+        become_launcher(&lifeline, &messages, &kept)?;
+        name_thread(&format!("vm-{}", set_up.name));
+        let channel = Arc::new(Channel::new(control));
+        end_on_panic(channel.clone());
+        channel.send(&FromLauncher::Hello { version: CONTROL_VERSION })?;
+        match Machine::revive(set_up, outside, memory, state, &channel) {
+            Ok(machine) => serve_machine(machine, &channel, Vec::new()),
+            Err(refusal) => {
+                channel.send(&FromLauncher::SetUpDone(Err(refusal.clone())))?;
+                Err(io::Error::other(refusal))
+            }
+        }
+    }
+}
+
+/// Copies a disk's content into an empty file, and leaves out what it has no blocks for.
+fn copy_disk(from: &File, to: &File) -> io::Result<()> {
+    let len = seek(from, SeekFrom::End(0))?;
+    to.set_len(len)?;
+    let mut at = 0;
+    while at < len {
+        let data = match seek(from, SeekFrom::Data(at)) {
+            Ok(data) => data,
+            // Only a hole is left.
+            Err(Errno::NXIO) => break,
+            // A block device has no holes.
+            Err(Errno::INVAL) => at,
+            Err(error) => return Err(error.into()),
+        };
+        let end = seek(from, SeekFrom::Hole(data)).unwrap_or(len).min(len);
+        copy_range(from, to, data, end)?;
+        at = end;
+    }
+    Ok(())
+}
+
+/// Copies the bytes from `at` up to `end` to the same place.
+fn copy_range(from: &File, to: &File, mut at: u64, end: u64) -> io::Result<()> {
+    while at < end {
+        let step = usize::try_from((end - at).min(COPY_STEP)).unwrap_or(usize::MAX);
+        let (mut read_at, mut write_at) = (at, at);
+        let copied = match copy_file_range(from, Some(&mut read_at), to, Some(&mut write_at), step)
+        {
+            // Not between these file systems.
+            Err(Errno::XDEV | Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) => {
+                copy_bytes(from, to, at, step)?
+            }
+            other => other?,
+        };
+        if copied == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        at += copied as u64;
+    }
+    Ok(())
+}
+
+/// Copies at most so many bytes through a buffer, and says how many.
+fn copy_bytes(from: &File, to: &File, at: u64, most: usize) -> io::Result<usize> {
+    use std::os::unix::fs::FileExt;
+    let mut buffer = vec![0; most.min(1 << 20)];
+    let read = from.read_at(&mut buffer, at)?;
+    to.write_all_at(&buffer[..read], at)?;
+    Ok(read)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::os::unix::fs::{FileExt, MetadataExt};
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        #[test]
+        fn disks_are_copied_with_their_holes(
+            pieces in prop::collection::vec((0_u64..8 << 20, prop::collection::vec(any::<u8>(), 1..9000)), 0..6),
+            len in 1_u64..9 << 20,
+        ) {
+            let (from, to) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+            for (at, bytes) in &pieces {
+                from.write_all_at(bytes, *at).unwrap();
+            }
+            from.set_len(len).unwrap();
+            copy_disk(&from, &to).unwrap();
+            let read = |file: &File| {
+                let mut bytes = vec![0; usize::try_from(len).unwrap()];
+                file.read_exact_at(&mut bytes, 0).unwrap();
+                bytes
+            };
+            prop_assert_eq!(to.metadata().unwrap().len(), len);
+            prop_assert!(read(&from) == read(&to));
+            prop_assert!(to.metadata().unwrap().blocks() <= from.metadata().unwrap().blocks() + 64);
+        }
+    }
+}
