@@ -3,6 +3,7 @@
 use crate::{
     clause::{Broken, Verdict},
     pool::WarmPool,
+    template::Template,
 };
 use bytes::Bytes;
 use futures_util::FutureExt;
@@ -47,6 +48,8 @@ pub struct Setup {
     pub leftovers: Arc<dyn Fn() -> Vec<String> + Send + Sync>,
     /// Running machines to share, where the clause [may](crate::clause::Clause::shares_machine).
     pub warm: Option<WarmPool>,
+    /// What running machines of default configuration are forked from, where that is quicker than booting them.
+    pub template: Option<Template>,
 }
 
 /// Gives a directory of a guest.
@@ -110,7 +113,8 @@ impl Context {
         self.setup.backend.create(VmConfig::default()).await
     }
 
-    /// Makes a machine of default configuration and starts it, or takes a warm one that other clauses had before.
+    /// Makes a machine of default configuration and starts it, or forks one that runs, or takes a warm one that other
+    /// clauses had before.
     ///
     /// # Errors
     /// The backend's.
@@ -119,6 +123,9 @@ impl Context {
             let vm = pool.take().await?;
             self.borrowed.lock().unwrap_or_else(PoisonError::into_inner).push(vm.clone());
             return Ok(vm);
+        }
+        if let Some(template) = &self.setup.template {
+            return template.running().await;
         }
         let vm = self.created().await?;
         vm.start().await?;

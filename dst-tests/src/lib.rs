@@ -24,7 +24,7 @@
 //! | [`target`] | [`Target`](target::Target): a backend to hold to the contract |
 //! | [`environment`] | madsim, tokio with paused time, turmoil |
 //! | [`session`] | one run inside its environment |
-//! | [`pool`] | running machines that clauses share |
+//! | [`pool`], [`template`] | running machines that clauses share, and that they fork |
 //! | [`plan`] | which clauses are run on a target, and which are left out and why |
 //! | [`runner`] | all clauses under all seeds on all cores |
 //! | [`summary`], [`report`] | what came of it, as data and as text |
@@ -47,6 +47,7 @@ pub mod honesty;
 pub mod panics;
 pub mod plan;
 pub mod pool;
+pub mod template;
 pub mod report;
 pub mod runner;
 pub mod seeds;

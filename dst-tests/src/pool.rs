@@ -5,7 +5,7 @@
 //! left and nothing but its scratch directory changed. That is checked after each use; a machine that is found otherwise
 //! breaks the clause that had it, and is not used again.
 
-use crate::context::Scratch;
+use crate::{context::Scratch, template::Template};
 use futures_core::future::BoxFuture;
 use std::{
     collections::VecDeque,
@@ -40,6 +40,7 @@ struct Shared {
     scratch: Arc<Scratch>,
     look: Arc<Look>,
     limits: PoolLimits,
+    template: Option<Template>,
     machines: Mutex<Machines>,
 }
 
@@ -79,7 +80,24 @@ impl WarmPool {
         limits: PoolLimits,
     ) -> Self {
         let machines = Mutex::default();
-        Self { shared: Arc::new(Shared { backend, env, scratch, look, limits, machines }) }
+        let template = None;
+        Self { shared: Arc::new(Shared { backend, env, scratch, look, limits, template, machines }) }
+    }
+
+    /// Gives an empty pool like this one, whose machines are forked and not booted.
+    #[must_use]
+    pub fn forking(&self, template: Template) -> Self {
+        let Shared { backend, env, scratch, look, limits, .. } = &*self.shared;
+        let shared = Shared {
+            backend: backend.clone(),
+            env: env.clone(),
+            scratch: scratch.clone(),
+            look: look.clone(),
+            limits: *limits,
+            template: Some(template),
+            machines: Mutex::default(),
+        };
+        Self { shared: Arc::new(shared) }
     }
 
     /// Takes a running machine, and boots one where none is ready.
@@ -149,6 +167,9 @@ impl WarmPool {
 
 impl Shared {
     async fn boot(&self) -> VmResult<Arc<dyn VmInstance>> {
+        if let Some(template) = &self.template {
+            return template.running().await;
+        }
         let vm = self.backend.create(VmConfig::default()).await?;
         vm.start().await?;
         Ok(vm)

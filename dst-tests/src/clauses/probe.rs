@@ -388,16 +388,25 @@ impl Stage {
 
     /// Makes a machine that is in this state.
     pub(super) async fn reach(self, ctx: &Context) -> Result<Vm, Broken> {
-        let vm = ctx.created().await?;
-        self.bring(ctx, &vm).await?;
+        if self == Self::Created {
+            return Ok(ctx.created().await?);
+        }
+        let vm = ctx.running().await?;
+        self.bring_running(ctx, &vm).await?;
         Ok(vm)
     }
 
     /// Brings a machine in Created into this state.
     pub(super) async fn bring(self, ctx: &Context, vm: &Vm) -> Verdict {
-        if self != Self::Created {
-            vm.start().await?;
+        if self == Self::Created {
+            return Ok(());
         }
+        vm.start().await?;
+        self.bring_running(ctx, vm).await
+    }
+
+    /// Brings a running machine into this state, which is not Created.
+    async fn bring_running(self, ctx: &Context, vm: &Vm) -> Verdict {
         match self {
             Self::Created | Self::Running => {}
             Self::Paused => vm.pause().await?,

@@ -13,6 +13,7 @@ use crate::{
     pool::{HandleEnv, PoolLimits, WarmPool},
     runner::cores,
     session::Limits,
+    template::{Note, Template},
 };
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -29,7 +30,7 @@ use vm_backend_kvm::{Fitness, KvmHypervisor, probe};
 use vm_core::{
     backend::{CoreBackend, CoreParts},
     env::Env,
-    fault::FaultKind,
+    fault::{FaultKind, FaultScope},
     host_fs::StdFs,
     machine::Hypervisor,
     observe::{NoObserver, Observer},
@@ -82,10 +83,12 @@ struct Host {
 /// What clauses share: a backend in a runtime of its own, and its pool.
 #[derive(Debug)]
 struct SharedBench {
-    backend: Arc<dyn VmBackend>,
+    hypervisor: Arc<KvmHypervisor>,
+    backend: Backend,
     env: Arc<dyn Env>,
     faults: RealFaults,
     pool: WarmPool,
+    template: Template,
     panics: PanicSink,
     host_dir: TempDir,
     /// Last, so that it outlives what lives in it.
@@ -150,22 +153,28 @@ impl KvmTarget {
         self.bench.get_or_init(|| SharedBench::new(self.host()?)).as_ref().map_err(Clone::clone)
     }
 
-    fn run_shared(&self, run: (&'static Clause, u64)) -> RunReport {
+    /// Runs a clause in the runtime and on the backend that it has in common with others: on machines that it shares, or
+    /// on machines of its own that are forked.
+    fn run_beside_others(&self, run: (&'static Clause, u64)) -> RunReport {
         let bench = match self.bench() {
             Ok(bench) => bench,
             Err(why) => return RunReport { broken: Some(why), ..RunReport::default() },
         };
         let faults = bench.faults.for_run();
+        let shares = run.0.shares_machine();
+        let backend = bench.backend.for_run(&faults);
+        let template = bench.template.clone();
         let setup = Setup {
-            backend: bench.backend.clone(),
+            // What a shared machine leaves is found when it is given back.
+            leftovers: if shares { Arc::new(Vec::new) } else { backend.launchers(&bench.hypervisor) },
+            warm: shares.then(|| bench.pool.clone()),
+            template: (!shares).then(|| template.noting(backend.noter())),
+            backend: Arc::new(backend),
             env: bench.env.clone(),
             faults: Some(Arc::new(faults.clone())),
             scratch: Arc::new(|_| "/tmp".to_owned()),
             host_dir: bench.host_dir.path().to_owned(),
             host_fs: Arc::new(StdFs),
-            // What a shared machine leaves is found when it is given back.
-            leftovers: Arc::new(Vec::new),
-            warm: Some(bench.pool.clone()),
         };
         let sink = PanicSink::default();
         let guard = sink.join();
@@ -234,8 +243,8 @@ impl Target for KvmTarget {
     }
 
     fn run(&self, clause: &'static Clause, seed: u64, detail: Detail) -> RunReport {
-        if clause.shares_machine() && detail == Detail::Fingerprint {
-            return self.run_shared((clause, seed));
+        if (clause.shares_machine() || forks(clause)) && detail == Detail::Fingerprint {
+            return self.run_beside_others((clause, seed));
         }
         let lines: Arc<Mutex<Vec<String>>> = Arc::default();
         let timeline = (detail == Detail::Timeline).then(|| lines.clone());
@@ -285,8 +294,8 @@ impl Host {
             None => Arc::new(NoObserver),
         };
         let backend = self.backend(env.clone(), observer, &dir);
-        let (faults, made) = (backend.faults.clone(), backend.made.clone());
-        let (hypervisor, host_dir) = (self.hypervisor.clone(), dir.path().to_owned());
+        let (faults, launchers) = (backend.faults.clone(), backend.launchers(&self.hypervisor));
+        let host_dir = dir.path().to_owned();
         Ok(Setup {
             backend: Arc::new(backend),
             env,
@@ -297,16 +306,23 @@ impl Host {
             // It owns the directory, which is so removed once the run is over.
             leftovers: Arc::new(move || {
                 let _kept = &dir;
-                let made = made.lock().unwrap_or_else(PoisonError::into_inner);
-                let left = made.iter().filter_map(|vm| {
-                    let pid = hypervisor.launcher_pid(*vm)?;
-                    Some(format!("launcher process {pid} of {vm}"))
-                });
-                left.collect()
+                launchers()
             }),
             warm: None,
+            template: None,
         })
     }
+}
+
+/// Says whether a clause that has machines of its own can have them forked, and on a backend that others use too: whether
+/// all faults that it orders name their VM, so that they can hit no other's.
+fn forks(clause: &Clause) -> bool {
+    let of_its_own = |kind: &FaultKind| {
+        matches!(kind, FaultKind::VmmKilled | FaultKind::GuestPanic)
+            || matches!(kind.scope(), FaultScope::Exec | FaultScope::File | FaultScope::Link)
+    };
+    // Chaos draws its faults as it goes.
+    clause.group() != "chaos" && clause.needs_faults.iter().all(of_its_own)
 }
 
 impl SharedBench {
@@ -320,17 +336,30 @@ impl SharedBench {
         };
         let backend = host.backend(env.clone(), Arc::new(NoObserver), &host_dir);
         let faults = backend.faults.clone();
-        let backend: Arc<dyn VmBackend> = Arc::new(backend);
+        let shared: Arc<dyn VmBackend> = Arc::new(backend.for_run(&faults));
+        let template = Template::new(shared.clone());
         let mut limits = PoolLimits::new(cores().max(2));
         limits.booting = cores() + 1;
         let pool = WarmPool::new(
-            backend.clone(),
+            shared,
             env.clone(),
             Arc::new(|_| "/tmp".to_owned()),
             Arc::new(|vm| Box::pin(look(vm)) as BoxFuture<'static, Result<(), String>>),
             limits,
         );
-        Ok(Self { backend, env, faults, pool, panics, host_dir, _runtime: runtime })
+        let pool = pool.forking(template.clone());
+        let hypervisor = host.hypervisor.clone();
+        Ok(Self {
+            hypervisor,
+            backend,
+            env,
+            faults,
+            pool,
+            template,
+            panics,
+            host_dir,
+            _runtime: runtime,
+        })
     }
 }
 
@@ -377,12 +406,35 @@ struct Backend {
 }
 
 impl Backend {
+    /// Gives the same backend with the account of another run.
+    fn for_run(&self, faults: &RealFaults) -> Self {
+        Self { core: self.core.clone(), faults: faults.clone(), made: Arc::default() }
+    }
+
     fn note(&self, made: VmResult<Arc<dyn VmInstance>>) -> VmResult<Arc<dyn VmInstance>> {
-        if let Ok(vm) = &made {
-            self.made.lock().unwrap_or_else(PoisonError::into_inner).push(vm.id());
-            self.faults.know(vm);
-        }
-        made
+        made.inspect(|vm| (self.noter())(vm))
+    }
+
+    /// Gives what takes note of a machine that this run made.
+    fn noter(&self) -> Arc<Note> {
+        let (made, faults) = (self.made.clone(), self.faults.clone());
+        Arc::new(move |vm| {
+            made.lock().unwrap_or_else(PoisonError::into_inner).push(vm.id());
+            faults.know(vm);
+        })
+    }
+
+    /// Gives what lists the launchers of machines that this run made and that live on.
+    fn launchers(&self, hypervisor: &Arc<KvmHypervisor>) -> Arc<dyn Fn() -> Vec<String> + Send + Sync> {
+        let (made, hypervisor) = (self.made.clone(), hypervisor.clone());
+        Arc::new(move || {
+            let made = made.lock().unwrap_or_else(PoisonError::into_inner);
+            let left = made.iter().filter_map(|vm| {
+                let pid = hypervisor.launcher_pid(*vm)?;
+                Some(format!("launcher process {pid} of {vm}"))
+            });
+            left.collect()
+        })
     }
 }
 

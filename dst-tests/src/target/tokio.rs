@@ -68,6 +68,7 @@ impl Opened {
             host_fs: Arc::new(vm_core::host_fs::StdFs),
             leftovers: self.leftovers,
             warm: None,
+            template: None,
         }
     }
 }
