@@ -47,12 +47,12 @@ pub mod honesty;
 pub mod panics;
 pub mod plan;
 pub mod pool;
-pub mod template;
 pub mod report;
 pub mod runner;
 pub mod seeds;
 pub mod session;
 pub mod summary;
 pub mod target;
+pub mod template;
 
 pub use contract::{Contract, contract_main};

@@ -81,7 +81,9 @@ impl WarmPool {
     ) -> Self {
         let machines = Mutex::default();
         let template = None;
-        Self { shared: Arc::new(Shared { backend, env, scratch, look, limits, template, machines }) }
+        Self {
+            shared: Arc::new(Shared { backend, env, scratch, look, limits, template, machines }),
+        }
     }
 
     /// Gives an empty pool like this one, whose machines are forked and not booted.

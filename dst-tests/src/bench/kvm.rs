@@ -17,10 +17,13 @@ use vm_core::{
     host_fs::StdFs,
     observe::NoObserver,
 };
-use vm_trait::{ExecRequest, RootConfig, VmBackend, VmConfig};
+use vm_trait::{ExecRequest, ForkOptions, RootConfig, VmBackend, VmConfig, VmInstance, VmResult};
 
 /// How many round trips the medians of one boot are taken of.
 const ROUND_TRIPS: u32 = 50;
+
+/// How many copies are made of a machine of one boot.
+const FORKS: u32 = 5;
 
 /// How long what a cycle left may take to go.
 const SETTLING: Duration = Duration::from_secs(10);
@@ -55,6 +58,10 @@ pub struct KvmMeasured {
     pub exec_over_ping: f64,
     /// Resident memory of the launcher beside the guest's memory, in KiB.
     pub vmm_resident_kib: Option<f64>,
+    /// From the call of `fork` to the end of the child's first program, in milliseconds.
+    pub fork_to_exec_ms: f64,
+    /// Memory of a child that is resident and its own alone, the guest's included, in KiB.
+    pub child_private_kib: Option<f64>,
     /// How many cycles of create, start and kill there were.
     pub cycles: u32,
     /// What they left in this process and beside it.
@@ -143,6 +150,8 @@ impl KvmBench {
             ping_us: median("ping"),
             exec_over_ping: median("exec") / median("ping"),
             vmm_resident_kib: samples.median("vmm_resident"),
+            fork_to_exec_ms: median("fork_to_exec"),
+            child_private_kib: samples.median("child_private"),
             cycles: self.cycles,
             left_over,
         })
@@ -200,7 +209,44 @@ async fn boot(
     {
         samples.add("vmm_resident", kib);
     }
+    for _ in 0..FORKS {
+        fork(hypervisor, &*vm, samples).await.map_err(text)?;
+    }
     vm.kill().await.map_err(text)
+}
+
+/// Forks a running machine and runs a program in the child.
+async fn fork(
+    hypervisor: &KvmHypervisor,
+    vm: &dyn VmInstance,
+    samples: &mut Samples,
+) -> VmResult<()> {
+    let began = Instant::now();
+    let children = vm.fork(ForkOptions::new(1)).await?;
+    for child in children {
+        let child = child?;
+        child.exec(ExecRequest::new("true")).await?;
+        samples.add("fork_to_exec", millis(began.elapsed()));
+        if let Some(kib) = hypervisor.launcher_pid(child.id()).and_then(private_kib) {
+            samples.add("child_private", kib);
+        }
+        child.kill().await?;
+    }
+    Ok(())
+}
+
+/// Sums up a process's memory that is resident and its own alone, in KiB.
+fn private_kib(pid: u32) -> Option<f64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+    private_of(&text)
+}
+
+fn private_of(rollup: &str) -> Option<f64> {
+    let kib = |name: &str| -> Option<u32> {
+        let line = rollup.lines().find_map(|line| line.strip_prefix(name))?;
+        line.trim().strip_suffix("kB")?.trim().parse().ok()
+    };
+    Some(f64::from(kib("Private_Clean:")? + kib("Private_Dirty:")?))
 }
 
 /// Makes, starts and kills a machine, at different moments of its boot.
@@ -294,6 +340,14 @@ fn monotonic() -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn private_memory_is_summed_up() {
+        let rollup =
+            "0-1 ---p 00:00 0 [rollup]\nRss: 99 kB\nPrivate_Clean:   4 kB\nPrivate_Dirty:  30 kB\n";
+        assert_eq!(private_of(rollup), Some(34.0));
+        assert_eq!(private_of("Private_Clean: 4 kB\n"), None);
+    }
 
     #[test]
     fn the_guests_memory_is_left_out() {

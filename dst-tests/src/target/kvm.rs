@@ -166,7 +166,11 @@ impl KvmTarget {
         let template = bench.template.clone();
         let setup = Setup {
             // What a shared machine leaves is found when it is given back.
-            leftovers: if shares { Arc::new(Vec::new) } else { backend.launchers(&bench.hypervisor) },
+            leftovers: if shares {
+                Arc::new(Vec::new)
+            } else {
+                backend.launchers(&bench.hypervisor)
+            },
             warm: shares.then(|| bench.pool.clone()),
             template: (!shares).then(|| template.noting(backend.noter())),
             backend: Arc::new(backend),
@@ -425,7 +429,10 @@ impl Backend {
     }
 
     /// Gives what lists the launchers of machines that this run made and that live on.
-    fn launchers(&self, hypervisor: &Arc<KvmHypervisor>) -> Arc<dyn Fn() -> Vec<String> + Send + Sync> {
+    fn launchers(
+        &self,
+        hypervisor: &Arc<KvmHypervisor>,
+    ) -> Arc<dyn Fn() -> Vec<String> + Send + Sync> {
         let (made, hypervisor) = (self.made.clone(), hypervisor.clone());
         Arc::new(move || {
             let made = made.lock().unwrap_or_else(PoisonError::into_inner);

@@ -124,7 +124,7 @@ async fn simulate(
         host_dir,
         host_fs: Arc::new(backend.host().fs()),
         warm: None,
-            template: None,
+        template: None,
         leftovers: Arc::new(move || host.ledger().leftovers()),
         backend: Arc::new(backend.clone()),
     };

@@ -105,19 +105,20 @@ fn kvm_text(measured: &KvmMeasured) -> String {
     };
     line("launcher", measured.launcher.clone());
     for stage in KvmBench::STAGES {
-        let took = measured.stages_ms.get(stage).copied().unwrap_or(f64::NAN);
-        line(stage, format!("{took:.1} ms"));
+        // A guest without a serial console tells nothing of its stages.
+        let took = measured.stages_ms.get(stage).filter(|took| !took.is_nan());
+        line(stage, took.map_or_else(|| "unknown".to_owned(), |took| format!("{took:.1} ms")));
     }
     line("start to ready", format!("{:.1} ms", measured.start_ms));
     line("first_exec", format!("{:.1} ms", measured.first_exec_ms));
     line("exec_round_trip", format!("{:.0} us", measured.exec_round_trip_us));
     line("ping", format!("{:.0} us", measured.ping_us));
     line("exec over ping", format!("{:.1}", measured.exec_over_ping));
-    let resident = measured.vmm_resident_kib;
-    line(
-        "VMM memory beside the guest's",
-        resident.map_or_else(|| "unknown".to_owned(), |kib| format!("{kib:.0} KiB")),
-    );
+    let kib =
+        |kib: Option<f64>| kib.map_or_else(|| "unknown".to_owned(), |kib| format!("{kib:.0} KiB"));
+    line("VMM memory beside the guest's", kib(measured.vmm_resident_kib));
+    line("fork to the child's first exec", format!("{:.1} ms", measured.fork_to_exec_ms));
+    line("private memory of a child", kib(measured.child_private_kib));
     let left = match measured.left_over.is_empty() {
         true => "nothing".to_owned(),
         false => measured.left_over.join(", "),
