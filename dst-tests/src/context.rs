@@ -124,6 +124,14 @@ impl Context {
             self.borrowed.lock().unwrap_or_else(PoisonError::into_inner).push(vm.clone());
             return Ok(vm);
         }
+        self.running_alone().await
+    }
+
+    /// Makes a machine of default configuration and starts it, or forks one that runs; no other clause ever has it.
+    ///
+    /// # Errors
+    /// The backend's.
+    pub async fn running_alone(&self) -> VmResult<Arc<dyn VmInstance>> {
         if let Some(template) = &self.setup.template {
             return template.running().await;
         }

@@ -391,7 +391,7 @@ impl Stage {
         if self == Self::Created {
             return Ok(ctx.created().await?);
         }
-        let vm = ctx.running().await?;
+        let vm = ctx.running_alone().await?;
         self.bring_running(ctx, &vm).await?;
         Ok(vm)
     }

@@ -172,7 +172,7 @@ impl KvmTarget {
                 backend.launchers(&bench.hypervisor)
             },
             warm: shares.then(|| bench.pool.clone()),
-            template: (!shares).then(|| template.noting(backend.noter())),
+            template: Some(template.noting(backend.noter())),
             backend: Arc::new(backend),
             env: bench.env.clone(),
             faults: Some(Arc::new(faults.clone())),
