@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 # Raised whenever `setup` builds something else, so that an older build is replaced.
-FORMAT = "4"
+FORMAT = "5"
 
 # The exit status for a lab that could not do its work, as `docker run` and `env` have it.
 LAB_FAILED = 125
