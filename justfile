@@ -33,6 +33,10 @@ contract-doc:
 lab *command:
     lab/run {{ command }}
 
+# Hold machines of KVM to the contract, in the lab
+lab-contract seeds="1":
+    lab/contract --backend kvm --seeds {{ seeds }}
+
 # Check the lab itself
 lab-selftest:
     lab/selftest
