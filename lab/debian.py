@@ -86,6 +86,12 @@ class Apt:
         return list((self.root / "cache/archives").glob("*.deb"))
 
 
+def unpack(package, folder):
+    """Unpack a package's files into a folder, which may hold others'."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run(["dpkg-deb", "--extract", str(package), str(folder)])
+
+
 def run(command, env=None, cwd=None, stdin=b""):
     """Run a command to its end; returns its stdout: text, or bytes where `stdin` is given."""
     try:

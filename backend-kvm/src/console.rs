@@ -44,7 +44,8 @@ impl ConsoleRing {
     /// The operating system's.
     pub(crate) fn copy(&self) -> io::Result<Self> {
         let copy = Self::new(self.size)?;
-        let mut content = vec![0; self.size as usize + 8];
+        let whole = HEAD + u64::from(self.size);
+        let mut content = vec![0; usize::try_from(whole).map_err(io::Error::other)?];
         self.file.read_exact_at(&mut content, 0)?;
         copy.file.write_all_at(&content, 0)?;
         Ok(copy)

@@ -7,7 +7,7 @@ use crate::{
     images::{Images, Prepared},
     launcher::{LauncherProgram, NoLauncher, Started},
     life::{Life, Lives, StageTimes, host},
-    machine::KvmMachine,
+    machine::{KvmMachine, name_of},
 };
 use async_trait::async_trait;
 use std::{
@@ -179,7 +179,7 @@ impl Hypervisor for KvmHypervisor {
     async fn create(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>, MachineError> {
         let (launcher, images, config) =
             (self.launcher.clone(), self.images.clone(), spec.config.clone());
-        let name = spec.config.name.clone().unwrap_or_else(|| spec.vm.to_string());
+        let name = name_of(spec);
         // What it made is dropped, and so ended, when this future is dropped.
         let made = spawn_blocking(move || Made::new(&launcher, &images, &config, name)).await;
         let made = made.map_err(|error| MachineError::Failed(error.to_string()))??;

@@ -54,7 +54,7 @@ impl KvmMachine {
         let mut fds = vec![control.as_fd(), lifeline.as_fd(), ours.messages.as_fd(), ring.file()];
         fds.extend(console_file.as_ref().map(AsFd::as_fd));
         fds.extend(disks.iter().map(AsFd::as_fd));
-        let name = spec.config.name.clone().unwrap_or_else(|| spec.vm.to_string());
+        let name = name_of(spec);
         let (answer, beside) = self.life.ask_for(Request::Fork { name }, &fds).await?;
         let process = match (answer?, beside.into_iter().next()) {
             (Answer::Forked { pid }, Some(exact)) => Process::of_launcher(pid, exact),
@@ -225,6 +225,11 @@ async fn accepted(stream: &UnixStream) -> bool {
         }
     }
     false
+}
+
+/// Gives the name of a machine's process.
+pub(crate) fn name_of(spec: &MachineSpec) -> String {
+    spec.config.name.clone().unwrap_or_else(|| spec.vm.to_string())
 }
 
 fn unexpected(answer: &Answer) -> MachineError {

@@ -1,24 +1,23 @@
 //! Copies of a machine that stands still, each in a process of its own.
 
 use super::{
-    channel::Channel,
-    end_on_panic,
+    greet,
     machine::{Machine, MachineState, Outside},
     process::name_thread,
     refuse::{config, failed},
-    serve::serve_machine,
+    serve::serve_made,
     split::{Side, become_launcher, split},
+    told,
 };
-use crate::control::{CONTROL_VERSION, FromLauncher, MachineSetUp, Refusal};
+use crate::control::{MachineSetUp, Refusal};
 use rustix::{
     fs::{SeekFrom, copy_file_range, seek},
     io::Errno,
 };
 use std::{
     fs::File,
-    io::{self, Write},
+    io,
     os::fd::{AsFd, OwnedFd},
-    sync::Arc,
 };
 use vm_kvm_devices::Memory;
 
@@ -37,37 +36,24 @@ struct Parcel {
 /// Makes a copy of a paused machine and says which process it is. In the copy, it never returns.
 ///
 /// # Errors
-/// Where the request makes no sense as a packet.
+/// [`Refusal::State`] unless the machine is paused, [`Refusal::Config`] for descriptors that do not fit,
+/// [`Refusal::Exhausted`] or [`Refusal::Failed`].
 pub(super) fn fork(
-    machine: &mut Machine,
+    machine: &Machine,
     name: String,
     fds: Vec<OwnedFd>,
-) -> io::Result<Result<(u32, OwnedFd), Refusal>> {
-    let prepare = || -> Result<_, Refusal> {
-        let state = machine.save()?;
-        machine.show_console();
-        Ok((Parcel::new(machine, fds)?, state))
-    };
-    let (parcel, state) = match prepare() {
-        Ok(prepared) => prepared,
-        Err(refusal) => return Ok(Err(refusal)),
-    };
-    match split() {
-        Ok(Side::Original { pid, exact }) => Ok(Ok((pid, exact))),
-        Ok(Side::Copy) => {
+) -> Result<(u32, OwnedFd), Refusal> {
+    let state = machine.save()?;
+    machine.show_console();
+    let parcel = Parcel::new(machine, fds)?;
+    match split().map_err(|error| failed("copy of the process", error))? {
+        Side::Original { pid, exact } => Ok((pid, exact)),
+        Side::Copy => {
             let set_up = MachineSetUp { name, ..machine.set_up().clone() };
-            let memory = machine.memory().clone();
-            let code = match parcel.go_on(&set_up, memory, &state) {
-                Ok(()) => 0,
-                Err(error) => {
-                    let _ = writeln!(io::stderr(), "vm-kvm-launcher: {error}");
-                    1
-                }
-            };
+            let well = told(parcel.go_on(&set_up, machine.memory().clone(), &state));
             // What the original's threads shared with this one must not be dropped here.
-            std::process::exit(code);
+            std::process::exit(i32::from(!well));
         }
-        Err(error) => Ok(Err(failed("copy of the process", error))),
     }
 }
 
@@ -106,16 +92,9 @@ impl Parcel {
         kept.extend(outside.disks.iter().map(AsFd::as_fd));
         become_launcher(&lifeline, &messages, &kept)?;
         name_thread(&format!("vm-{}", set_up.name));
-        let channel = Arc::new(Channel::new(control));
-        end_on_panic(channel.clone());
-        channel.send(&FromLauncher::Hello { version: CONTROL_VERSION })?;
-        match Machine::revive(set_up, outside, memory, state, &channel) {
-            Ok(machine) => serve_machine(machine, &channel, Vec::new()),
-            Err(refusal) => {
-                channel.send(&FromLauncher::SetUpDone(Err(refusal.clone())))?;
-                Err(io::Error::other(refusal))
-            }
-        }
+        let channel = greet(control)?;
+        let revived = Machine::revive(set_up, outside, memory, state, &channel);
+        serve_made(revived, &channel, Vec::new())
     }
 }
 

@@ -39,6 +39,7 @@ use crate::control::{CONTROL_VERSION, End, FromLauncher};
 use channel::Channel;
 use std::{
     io::{self, Write},
+    os::fd::OwnedFd,
     process::ExitCode,
     sync::Arc,
 };
@@ -49,25 +50,34 @@ use std::{
 /// standard error.
 #[must_use]
 pub fn launcher_main() -> ExitCode {
-    match launch() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
+    if told(launch()) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Says on standard error what went wrong, if anything did, and whether all went well.
+fn told(outcome: io::Result<()>) -> bool {
+    outcome
+        .inspect_err(|error| {
             let _ = writeln!(io::stderr(), "vm-kvm-launcher: {error}");
-            ExitCode::FAILURE
-        }
-    }
+        })
+        .is_ok()
 }
 
 fn launch() -> io::Result<()> {
     let inherited = fds::take()?;
     process::detach()?;
     split::leave_copies_to_kernel();
-    let channel = Arc::new(Channel::new(inherited.control));
-    end_on_panic(channel.clone());
-    channel.send(&FromLauncher::Hello { version: CONTROL_VERSION })?;
+    let channel = greet(inherited.control)?;
     let served = serve::serve(&channel);
     drop(inherited.lifeline);
     served
+}
+
+/// Says hello to the owner.
+fn greet(control: OwnedFd) -> io::Result<Arc<Channel>> {
+    let channel = Arc::new(Channel::new(control));
+    end_on_panic(channel.clone());
+    channel.send(&FromLauncher::Hello { version: CONTROL_VERSION })?;
+    Ok(channel)
 }
 
 /// Lets a panic in any thread end the process, and the owner hear of it.

@@ -36,25 +36,25 @@ pub(super) fn serve(channel: &Arc<Channel>) -> io::Result<()> {
     let mut buffer = Vec::new();
     let Some((set_up, fds)) = wait_for_set_up(channel, &mut buffer)? else { return Ok(()) };
     name_thread(&format!("vm-{}", set_up.name));
-    let machine = match Machine::new(&set_up, fds, channel) {
+    serve_made(Machine::new(&set_up, fds, channel), channel, buffer)
+}
+
+/// Tells the owner what came of the making of a machine, and serves it until it ends or the owner hangs up.
+///
+/// # Errors
+/// As [`serve`]; also why there is no machine.
+pub(super) fn serve_made(
+    made: Result<Machine, Refusal>,
+    channel: &Arc<Channel>,
+    buffer: Vec<u8>,
+) -> io::Result<()> {
+    let machine = match made {
         Ok(machine) => machine,
         Err(refusal) => {
             channel.send(&FromLauncher::SetUpDone(Err(refusal.clone())))?;
             return Err(io::Error::other(refusal));
         }
     };
-    serve_machine(machine, channel, buffer)
-}
-
-/// Tells the owner that the machine is made, and serves until it ends or the owner hangs up.
-///
-/// # Errors
-/// As [`serve`].
-pub(super) fn serve_machine(
-    machine: Machine,
-    channel: &Arc<Channel>,
-    buffer: Vec<u8>,
-) -> io::Result<()> {
     let mut server = Server::new(machine, channel.clone(), buffer)?;
     channel.send(&FromLauncher::SetUpDone(Ok(())))?;
     server.run()
@@ -168,7 +168,7 @@ impl Server {
                 Err(io::Error::other("the machine was described twice"))
             }
             Received::Message(ToLauncher::Request { id, request: Request::Fork { name } }, fds) => {
-                let (result, exact) = match copies::fork(&mut self.machine, name, fds)? {
+                let (result, exact) = match copies::fork(&self.machine, name, fds) {
                     Ok((pid, exact)) => (Ok(Answer::Forked { pid }), Some(exact)),
                     Err(refusal) => (Err(refusal), None),
                 };
