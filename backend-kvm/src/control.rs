@@ -17,7 +17,7 @@ pub const CONTROL_FD: i32 = 3;
 pub const LIFELINE_FD: i32 = 4;
 
 /// The version of these messages; both sides must have the same.
-pub const CONTROL_VERSION: u32 = 3;
+pub const CONTROL_VERSION: u32 = 4;
 
 /// The largest packet, in bytes.
 pub const MAX_PACKET: usize = 64 << 10;
@@ -62,6 +62,9 @@ pub struct MachineSetUp {
     pub memory_mib: u32,
     /// Words for the kernel's command line, beside the launcher's own.
     pub cmdline: String,
+    /// Whether the command line names the virtio devices, for kernels that don't look for them in the tables of ACPI. One
+    /// that looks there and is told here too complains about each.
+    pub devices_in_cmdline: bool,
     /// How many descriptors make up the initial RAM disk; they are put one after the other, each at a multiple of 4.
     pub initrd_parts: u8,
     /// How many of the last console bytes the ring keeps. The ring's file has this layout: a little-endian `u64`

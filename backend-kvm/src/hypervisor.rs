@@ -172,7 +172,7 @@ impl Hypervisor for KvmHypervisor {
     }
 
     fn check(&self, config: &VmConfig) -> Result<(), MachineError> {
-        self.images.kernel(config.kernel.path.as_deref())?;
+        self.images.check_kernel(config.kernel.path.as_deref())?;
         files::check(config)
     }
 
@@ -261,6 +261,7 @@ impl Parcel {
             vcpus: config.vcpus,
             memory_mib: config.memory.0,
             cmdline: config.kernel.cmdline.clone(),
+            devices_in_cmdline: !prepared.devices_by_acpi || turns_acpi_off(&config.kernel.cmdline),
             initrd_parts: 2 + u8::from(user_initrd.is_some()),
             console_ring_bytes: config.console_bytes,
             console_file: console_file.is_some(),
@@ -281,6 +282,12 @@ impl Parcel {
         fds.extend(self.disks.iter().map(AsFd::as_fd));
         (ToLauncher::SetUp(Box::new(self.set_up.clone())), fds)
     }
+}
+
+/// Whether a kernel with these words ignores the tables of ACPI
+/// (<https://docs.kernel.org/admin-guide/kernel-parameters.html>).
+fn turns_acpi_off(cmdline: &str) -> bool {
+    cmdline.split_whitespace().any(|word| matches!(word, "acpi=off" | "acpi=ht"))
 }
 
 /// The block devices of a machine.

@@ -37,6 +37,8 @@ pub(crate) struct Images {
 pub(crate) struct Prepared {
     pub(crate) kernel: KernelFile,
     pub(crate) image: Image,
+    /// Whether the kernel finds virtio devices in the tables of ACPI.
+    pub(crate) devices_by_acpi: bool,
 }
 
 #[derive(Debug, Default)]
@@ -51,6 +53,7 @@ struct KnownKernel {
     stamp: u64,
     kernel: Kernel,
     modules: KernelModules,
+    devices_by_acpi: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -71,19 +74,20 @@ impl Images {
         Self { kernel, modules, shelf: Mutex::default() }
     }
 
-    /// Finds the kernel at `path`, or the default one, and its modules.
+    /// Checks that there is a kernel at `path`, or by default, and that its modules are there.
     ///
     /// # Errors
     /// [`MachineError::Config`] for `kernel.path`.
-    pub(crate) fn kernel(
-        &self,
-        path: Option<&Path>,
-    ) -> Result<(Kernel, KernelModules), MachineError> {
+    pub(crate) fn check_kernel(&self, path: Option<&Path>) -> Result<(), MachineError> {
+        self.kernel(path).map(drop)
+    }
+
+    fn kernel(&self, path: Option<&Path>) -> Result<KnownKernel, MachineError> {
         let key = path.map(Path::to_owned);
         if let Some(known) = lock(&self.shelf).kernels.get(&key)
             && fs::metadata(known.kernel.path()).is_ok_and(|now| stamp_of(&now) == known.stamp)
         {
-            return Ok((known.kernel.clone(), known.modules.clone()));
+            return Ok(known.clone());
         }
         let found = match path {
             Some(path) => Kernel::open(path),
@@ -92,18 +96,15 @@ impl Images {
         let fail = |error| config("kernel.path", &error);
         let kernel = found.map_err(fail)?;
         let modules = KernelModules::find(&kernel, self.modules.as_deref()).map_err(fail)?;
+        let devices_by_acpi = kernel.finds_virtio_by_acpi().map_err(fail)?;
         let stamp = fs::metadata(kernel.path()).map_err(|error| config("kernel.path", &error))?;
-        let known = KnownKernel {
-            stamp: stamp_of(&stamp),
-            kernel: kernel.clone(),
-            modules: modules.clone(),
-        };
+        let known = KnownKernel { stamp: stamp_of(&stamp), kernel, modules, devices_by_acpi };
         let mut shelf = lock(&self.shelf);
         if shelf.kernels.len() >= KEPT {
             shelf.kernels.clear();
         }
-        shelf.kernels.insert(key, known);
-        Ok((kernel, modules))
+        shelf.kernels.insert(key, known.clone());
+        Ok(known)
     }
 
     /// Prepares a kernel and an initial file system that holds the files of `root`, if there is one. It blocks.
@@ -115,9 +116,10 @@ impl Images {
         kernel: Option<&Path>,
         root: Option<&Path>,
     ) -> Result<Prepared, MachineError> {
-        let (kernel, modules) = self.kernel(kernel)?;
+        let KnownKernel { kernel, modules, devices_by_acpi, .. } = self.kernel(kernel)?;
         let file = kernel.elf().map_err(|error| config("kernel.path", &error))?;
-        Ok(Prepared { image: self.image(&kernel, &modules, root)?, kernel: file })
+        let image = self.image(&kernel, &modules, root)?;
+        Ok(Prepared { image, kernel: file, devices_by_acpi })
     }
 
     fn image(

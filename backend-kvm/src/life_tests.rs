@@ -277,6 +277,7 @@ fn a_set_up_is_refused_with_its_field() {
             vcpus: 1,
             memory_mib: 64,
             cmdline: String::new(),
+            devices_in_cmdline: true,
             initrd_parts: 0,
             console_ring_bytes: 1024,
             console_file: false,

@@ -5,7 +5,7 @@
 //! left and nothing but its scratch directory changed. That is checked after each use; a machine that is found otherwise
 //! breaks the clause that had it, and is not used again.
 
-use crate::{context::Scratch, template::Template};
+use crate::{context::Scratch, template::MachineSource};
 use futures_core::future::BoxFuture;
 use std::{
     collections::VecDeque,
@@ -15,9 +15,7 @@ use std::{
 };
 use tokio::runtime::Handle;
 use vm_core::env::Env;
-use vm_trait::{
-    Capability, ExecRequest, RemoveOptions, VmBackend, VmConfig, VmInstance, VmResult, VmState,
-};
+use vm_trait::{Capability, ExecRequest, RemoveOptions, VmInstance, VmResult, VmState};
 
 /// How long programs of a clause that has ended may take to be gone.
 const SETTLING: Duration = Duration::from_secs(10);
@@ -35,74 +33,37 @@ pub struct WarmPool {
 }
 
 struct Shared {
-    backend: Arc<dyn VmBackend>,
+    source: MachineSource,
     env: Arc<dyn Env>,
     scratch: Arc<Scratch>,
     look: Arc<Look>,
-    limits: PoolLimits,
-    template: Option<Template>,
+    most_ready: usize,
     machines: Mutex<Machines>,
-}
-
-/// How many machines a pool keeps.
-#[derive(Clone, Copy, Debug)]
-#[non_exhaustive]
-pub struct PoolLimits {
-    /// How many wait, booted, for the next clause.
-    pub ready: usize,
-    /// How many boot at a time for that.
-    pub booting: usize,
-}
-
-impl PoolLimits {
-    /// Keeps so many ready and boots them all at a time.
-    #[must_use]
-    pub fn new(ready: usize) -> Self {
-        Self { ready, booting: ready }
-    }
 }
 
 #[derive(Default)]
 struct Machines {
     ready: VecDeque<Arc<dyn VmInstance>>,
-    booting: usize,
+    making: usize,
     closed: bool,
 }
 
 impl WarmPool {
-    /// Makes a pool of machines of `backend`, whose tasks run in `env`. The first are booted with the first use.
+    /// Makes a pool of machines from `source`, whose tasks run in `env`; `most_ready` of them wait for the next clauses. The
+    /// first are made with the first use.
     #[must_use]
     pub fn new(
-        backend: Arc<dyn VmBackend>,
+        source: MachineSource,
         env: Arc<dyn Env>,
         scratch: Arc<Scratch>,
         look: Arc<Look>,
-        limits: PoolLimits,
+        most_ready: usize,
     ) -> Self {
         let machines = Mutex::default();
-        let template = None;
-        Self {
-            shared: Arc::new(Shared { backend, env, scratch, look, limits, template, machines }),
-        }
+        Self { shared: Arc::new(Shared { source, env, scratch, look, most_ready, machines }) }
     }
 
-    /// Gives an empty pool like this one, whose machines are forked and not booted.
-    #[must_use]
-    pub fn forking(&self, template: Template) -> Self {
-        let Shared { backend, env, scratch, look, limits, .. } = &*self.shared;
-        let shared = Shared {
-            backend: backend.clone(),
-            env: env.clone(),
-            scratch: scratch.clone(),
-            look: look.clone(),
-            limits: *limits,
-            template: Some(template),
-            machines: Mutex::default(),
-        };
-        Self { shared: Arc::new(shared) }
-    }
-
-    /// Takes a running machine, and boots one where none is ready.
+    /// Takes a running machine, and makes one where none is ready.
     ///
     /// # Errors
     /// The backend's.
@@ -111,7 +72,7 @@ impl WarmPool {
         let taken = match ready {
             // One may have died while it waited.
             Some(vm) if vm.state() == VmState::Running => Ok(vm),
-            _ => self.shared.boot().await,
+            _ => self.shared.source.running().await,
         };
         self.refill();
         taken
@@ -124,7 +85,7 @@ impl WarmPool {
     pub async fn give_back(&self, vm: Arc<dyn VmInstance>) -> Result<(), String> {
         self.shared.settled(&vm).await?;
         let mut machines = self.shared.lock();
-        if machines.ready.len() < self.shared.limits.ready && !machines.closed {
+        if machines.ready.len() < self.shared.most_ready && !machines.closed {
             machines.ready.push_back(vm);
         }
         Ok(())
@@ -139,44 +100,34 @@ impl WarmPool {
         drop(ended);
     }
 
-    /// Boots machines ahead, beside what goes on.
+    /// Makes machines ahead, beside what goes on.
     fn refill(&self) {
         loop {
             let mut machines = self.shared.lock();
-            let limits = self.shared.limits;
-            let enough = machines.ready.len() + machines.booting >= limits.ready;
-            if machines.closed || enough || machines.booting >= limits.booting {
+            let enough = machines.ready.len() + machines.making >= self.shared.most_ready;
+            if machines.closed || enough {
                 return;
             }
-            machines.booting += 1;
+            machines.making += 1;
             drop(machines);
             let shared = self.shared.clone();
-            let boot = async move {
-                // A machine that does not come up is seen by the clause that then boots one itself.
-                let booted = shared.boot().await;
+            let make = async move {
+                // A machine that does not come up is seen by the clause that then makes one itself.
+                let made = shared.source.running().await;
                 let mut machines = shared.lock();
-                machines.booting -= 1;
-                if let Ok(vm) = booted
+                machines.making -= 1;
+                if let Ok(vm) = made
                     && !machines.closed
                 {
                     machines.ready.push_back(vm);
                 }
             };
-            self.shared.env.spawn("warm machine", Box::pin(boot));
+            self.shared.env.spawn("warm machine", Box::pin(make));
         }
     }
 }
 
 impl Shared {
-    async fn boot(&self) -> VmResult<Arc<dyn VmInstance>> {
-        if let Some(template) = &self.template {
-            return template.running().await;
-        }
-        let vm = self.backend.create(VmConfig::default()).await?;
-        vm.start().await?;
-        Ok(vm)
-    }
-
     /// Waits until nothing of a clause is left in the guest, and clears the scratch directory.
     async fn settled(&self, vm: &Arc<dyn VmInstance>) -> Result<(), String> {
         let deadline = self.env.now() + SETTLING;
@@ -235,7 +186,7 @@ impl fmt::Debug for WarmPool {
         let machines = self.shared.lock();
         f.debug_struct("WarmPool")
             .field("ready", &machines.ready.len())
-            .field("booting", &machines.booting)
+            .field("making", &machines.making)
             .finish_non_exhaustive()
     }
 }
@@ -288,11 +239,11 @@ mod tests {
     fn pool() -> (WarmPool, SimBackend) {
         let backend = SimBackend::builder().seed(7).build().unwrap();
         let pool = WarmPool::new(
-            Arc::new(backend.clone()),
+            MachineSource::Boot(Arc::new(backend.clone())),
             backend.env(),
             Arc::new(|_| "/tmp".to_owned()),
             Arc::new(|_| Box::pin(async { Ok(()) })),
-            PoolLimits::new(2),
+            2,
         );
         (pool, backend)
     }

@@ -12,6 +12,15 @@ pub struct Template {
     note: Arc<Note>,
 }
 
+/// Where running machines of default configuration come from.
+#[derive(Clone, Debug)]
+pub enum MachineSource {
+    /// Each is booted.
+    Boot(Arc<dyn VmBackend>),
+    /// Each is forked.
+    Fork(Template),
+}
+
 /// Takes note of a machine that was forked.
 pub type Note = dyn Fn(&Arc<dyn VmInstance>) + Send + Sync;
 
@@ -37,7 +46,7 @@ impl Template {
         let child = match source.fork(ForkOptions::new(1)).await?.pop() {
             Some(child) => child?,
             // A backend that breaks its promise: the clause then has a machine that was booted.
-            None => self.boot().await?,
+            None => boot(&*self.backend).await?,
         };
         (self.note)(&child);
         if child.state() == VmState::Paused {
@@ -56,17 +65,30 @@ impl Template {
         if let Some(vm) = source.as_ref().filter(|vm| vm.state() == VmState::Paused) {
             return Ok(vm.clone());
         }
-        let vm = self.boot().await?;
+        let vm = boot(&*self.backend).await?;
         vm.pause().await?;
         *source = Some(vm.clone());
         Ok(vm)
     }
+}
 
-    async fn boot(&self) -> VmResult<Arc<dyn VmInstance>> {
-        let vm = self.backend.create(VmConfig::default()).await?;
-        vm.start().await?;
-        Ok(vm)
+impl MachineSource {
+    /// Gives a running machine that nobody else has.
+    ///
+    /// # Errors
+    /// The backend's.
+    pub async fn running(&self) -> VmResult<Arc<dyn VmInstance>> {
+        match self {
+            Self::Boot(backend) => boot(&**backend).await,
+            Self::Fork(template) => template.running().await,
+        }
     }
+}
+
+async fn boot(backend: &dyn VmBackend) -> VmResult<Arc<dyn VmInstance>> {
+    let vm = backend.create(VmConfig::default()).await?;
+    vm.start().await?;
+    Ok(vm)
 }
 
 impl fmt::Debug for Template {

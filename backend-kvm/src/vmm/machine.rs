@@ -104,6 +104,7 @@ impl Machine {
             kernel: &files.kernel,
             initrd: &files.initrd,
             cmdline: &set_up.cmdline,
+            devices_in_cmdline: set_up.devices_in_cmdline,
             devices: &machine.devices.announced(),
             vcpus: set_up.vcpus,
         };

@@ -8,16 +8,20 @@ use super::{
 use crate::control::Refusal;
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{VcpuFd, VmFd};
-use rustix::mm::Advice;
+use rustix::{
+    io::Errno,
+    mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous},
+};
 use std::{
+    ffi::c_void,
     fs::File,
     io::{self, Read, Seek, SeekFrom},
     os::fd::AsRawFd,
 };
 use vm_kvm_devices::Memory;
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, ReadVolatile, VolatileMemoryError,
-    VolatileSlice, bitmap::BitmapSlice, mmap::FromRangesError,
+    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion, ReadVolatile,
+    VolatileMemoryError, VolatileSlice, bitmap::BitmapSlice,
 };
 
 /// The least memory, in MiB.
@@ -25,6 +29,13 @@ const MIN_MIB: u32 = 64;
 
 /// The most memory, in MiB: 1 TiB, far below what any x86-64 processor can address.
 const MAX_MIB: u32 = 1 << 20;
+
+/// The size of a huge page.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// How guest memory is mapped.
+const PROTECTION: i32 = libc::PROT_READ | libc::PROT_WRITE;
+const FLAGS: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
 
 /// Maps memory of so many MiB, without taking any yet.
 ///
@@ -35,20 +46,36 @@ pub(super) fn map(mib: u32) -> Result<Memory, Refusal> {
         let reason = format!("{mib} MiB; it must be from {MIN_MIB} to {MAX_MIB}");
         return Err(config("memory_mib", reason));
     }
-    let memory =
-        Memory::from_ranges(&ranges(u64::from(mib) << 20)).map_err(|error| match error {
-            FromRangesError::MmapRegion(vm_memory::mmap::MmapRegionError::Mmap(error)) => {
-                failed("guest memory", error)
-            }
-            other => Refusal::Failed(format!("guest memory: {other}")),
-        })?;
-    for region in memory.iter() {
-        let len = usize::try_from(region.len()).unwrap_or(usize::MAX);
-        // SAFETY: the range is the region's own mapping, and the advice changes nothing but core dumps.
-        unsafe { rustix::mm::madvise(region.as_ptr().cast(), len, Advice::LinuxDontDump) }
-            .map_err(|error| failed("guest memory", error))?;
+    let regions = ranges(u64::from(mib) << 20).into_iter().map(|(start, bytes)| {
+        let mapped = map_aligned(bytes).map_err(|error| failed("guest memory", error))?;
+        // SAFETY: the range is a mapping of that size with these properties, and nothing unmaps it.
+        let region = unsafe { MmapRegion::build_raw(mapped.cast(), bytes, PROTECTION, FLAGS) };
+        let region = region.map_err(|error| Refusal::Failed(format!("guest memory: {error}")))?;
+        let region = GuestRegionMmap::new(region, start);
+        region.ok_or_else(|| Refusal::Failed("guest memory ends beyond all addresses".to_owned()))
+    });
+    let regions = regions.collect::<Result<Vec<_>, _>>()?;
+    Memory::from_regions(regions).map_err(|error| Refusal::Failed(format!("guest memory: {error}")))
+}
+
+/// Maps so many bytes, empty, where huge pages can hold them: KVM uses those where guest and host addresses are alike
+/// down to their size, and each 4 KiB page that the guest touches first costs an exit where it cannot. The mapping stays
+/// for as long as the process, which is a launcher and has this one machine.
+fn map_aligned(bytes: usize) -> io::Result<*mut c_void> {
+    let reserved = bytes.checked_add(HUGE_PAGE).ok_or(io::ErrorKind::OutOfMemory)?;
+    let (readable, flags) =
+        (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
+    // SAFETY: a new mapping at an address of the kernel's choice touches no other.
+    let start = unsafe { mmap_anonymous(std::ptr::null_mut(), reserved, readable, flags) }?;
+    let memory = start.wrapping_byte_add(start.align_offset(HUGE_PAGE));
+    // SAFETY: the range lies in the mapping, and the advice changes nothing but core dumps.
+    unsafe { madvise(memory, bytes, Advice::LinuxDontDump) }?;
+    // SAFETY: the range lies in the mapping, and the advice changes nothing but the size of pages.
+    match unsafe { madvise(memory, bytes, Advice::LinuxHugepage) } {
+        // The kernel was built without huge pages.
+        Ok(()) | Err(Errno::INVAL) => Ok(memory),
+        Err(error) => Err(error.into()),
     }
-    Ok(memory)
 }
 
 /// Splits so many bytes around the hole below 4 GiB.
@@ -90,7 +117,7 @@ pub(super) fn give_to_guest(vm: &VmFd, memory: &Memory) -> Result<(), Refusal> {
 pub(super) fn keep_from_copies(vcpu: &mut VcpuFd, run_bytes: usize) -> Result<(), Refusal> {
     let run: *mut kvm_bindings::kvm_run = vcpu.get_kvm_run();
     // SAFETY: the range is the vCPU's own mapping, of the size that KVM says, and the advice changes nothing but forks.
-    unsafe { rustix::mm::madvise(run.cast(), run_bytes, Advice::LinuxDontFork) }
+    unsafe { madvise(run.cast(), run_bytes, Advice::LinuxDontFork) }
         .map_err(|error| failed("vCPU", error))
 }
 
@@ -195,6 +222,14 @@ mod tests {
         for mib in [0, 63, MAX_MIB + 1, u32::MAX] {
             let refusal = map(mib).unwrap_err();
             assert!(matches!(refusal, Refusal::Config { field, .. } if field == "memory_mib"));
+        }
+    }
+
+    #[test]
+    fn huge_pages_can_hold_memory() {
+        for region in map(5 << 10).unwrap().iter() {
+            assert_eq!(region.as_ptr().align_offset(HUGE_PAGE), 0);
+            assert_eq!(region.start_addr().0 % HUGE_PAGE as u64, 0);
         }
     }
 

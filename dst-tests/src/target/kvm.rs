@@ -10,10 +10,10 @@ use crate::{
     clause::Clause,
     context::Setup,
     panics::PanicSink,
-    pool::{HandleEnv, PoolLimits, WarmPool},
+    pool::{HandleEnv, WarmPool},
     runner::cores,
     session::Limits,
-    template::{Note, Template},
+    template::{MachineSource, Note, Template},
 };
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -231,8 +231,7 @@ impl Target for KvmTarget {
     }
 
     fn parallel_runs(&self) -> Option<usize> {
-        // Most runs wait; more of them than cores would only make deadlines tight.
-        Some(cores().max(2))
+        Some(runs_at_a_time())
     }
 
     fn patience(&self) -> Duration {
@@ -318,6 +317,12 @@ impl Host {
     }
 }
 
+/// Counts the runs that go on at a time. About half of their time is spent waiting; with many more, deadlines would get
+/// tight.
+fn runs_at_a_time() -> usize {
+    cores() + 2
+}
+
 /// Says whether a clause that has machines of its own can have them forked, and on a backend that others use too: whether
 /// all faults that it orders name their VM, so that they can hit no other's.
 fn forks(clause: &Clause) -> bool {
@@ -341,17 +346,14 @@ impl SharedBench {
         let backend = host.backend(env.clone(), Arc::new(NoObserver), &host_dir);
         let faults = backend.faults.clone();
         let shared: Arc<dyn VmBackend> = Arc::new(backend.for_run(&faults));
-        let template = Template::new(shared.clone());
-        let mut limits = PoolLimits::new(cores().max(2));
-        limits.booting = cores() + 1;
+        let template = Template::new(shared);
         let pool = WarmPool::new(
-            shared,
+            MachineSource::Fork(template.clone()),
             env.clone(),
             Arc::new(|_| "/tmp".to_owned()),
             Arc::new(|vm| Box::pin(look(vm)) as BoxFuture<'static, Result<(), String>>),
-            limits,
+            runs_at_a_time(),
         );
-        let pool = pool.forking(template.clone());
         let hypervisor = host.hypervisor.clone();
         Ok(Self {
             hypervisor,

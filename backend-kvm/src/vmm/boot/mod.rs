@@ -27,6 +27,8 @@ pub(super) struct BootSource<'a> {
     pub(super) initrd: &'a [File],
     /// The user's words for the command line.
     pub(super) cmdline: &'a str,
+    /// Whether the command line names the virtio devices.
+    pub(super) devices_in_cmdline: bool,
     /// The virtio devices.
     pub(super) devices: &'a [Announced],
     /// How many vCPUs there are.
@@ -40,7 +42,8 @@ pub(super) struct BootSource<'a> {
 pub(super) fn prepare(memory: &Memory, source: &BootSource<'_>) -> Result<u64, Refusal> {
     let kernel = kernel::load(source.kernel, memory)?;
     let initrd = initrd::load(source.initrd, memory, kernel.end, kernel.initrd_max)?;
-    let words = cmdline::write(source.cmdline, source.devices, kernel.cmdline_max, memory)?;
+    let in_cmdline = if source.devices_in_cmdline { source.devices } else { &[] };
+    let words = cmdline::write(source.cmdline, in_cmdline, kernel.cmdline_max, memory)?;
     mp_table::write(source.vcpus, memory)?;
     let rsdp = acpi::write(source.vcpus, source.devices, memory)?;
     zero_page::write(memory, &kernel, initrd, words, rsdp)?;

@@ -87,6 +87,7 @@ impl Parts {
                 vcpus: 1,
                 memory_mib: 64,
                 cmdline: String::new(),
+                devices_in_cmdline: true,
                 initrd_parts: 0,
                 console_ring_bytes: RING,
                 console_file: false,

@@ -214,6 +214,15 @@ impl Kernel {
         Ok(unpacked.insert(file).clone())
     }
 
+    /// Whether a virtio driver that looks for devices in the tables of ACPI is built into the kernel, as far as its bytes
+    /// tell: they hold the id that Linux's `drivers/virtio/virtio_mmio.c` matches there. It reads all of the kernel.
+    ///
+    /// # Errors
+    /// Those of [`elf`](Self::elf).
+    pub fn finds_virtio_by_acpi(&self) -> Result<bool, KernelError> {
+        self.contains(&[b"LNRO0005\0"])
+    }
+
     /// Whether each of these strings of bytes is in the uncompressed kernel.
     pub(crate) fn contains(&self, strings: &[&[u8]]) -> Result<bool, KernelError> {
         let kernel = self.elf()?;
