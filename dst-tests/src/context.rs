@@ -215,8 +215,14 @@ impl Context {
     /// always on a real one, where they are few.
     #[must_use]
     pub fn heavy(&self, n: u64) -> bool {
-        // Only a simulated host can be lost on order.
-        !self.can_fault(FaultKind::HostLost) || self.one_in(n)
+        !self.is_simulated() || self.one_in(n)
+    }
+
+    /// Says whether the host is a simulated one, where booting a machine takes no time: only such a host can be lost on
+    /// order.
+    #[must_use]
+    pub fn is_simulated(&self) -> bool {
+        self.can_fault(FaultKind::HostLost)
     }
 
     /// Draws `length` bytes.

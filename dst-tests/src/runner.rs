@@ -60,10 +60,11 @@ pub struct LastRun {
 }
 
 impl Session {
-    /// Plans to run `plan` on `target` on every core.
+    /// Plans to run `plan` on `target`, as many runs at a time as the target allows, or one on every core.
     #[must_use]
     pub fn new(target: Arc<dyn Target>, plan: Plan, seeds: Seeds) -> Self {
-        Self { target, plan, seeds, jobs: cores(), twice: false, interrupt: Arc::default() }
+        let jobs = target.parallel_runs().unwrap_or_else(cores);
+        Self { target, plan, seeds, jobs, twice: false, interrupt: Arc::default() }
     }
 
     /// Counts the runs.

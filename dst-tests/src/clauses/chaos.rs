@@ -48,8 +48,9 @@ struct Model {
 }
 
 /// Short deadlines, so that what hangs does not hang for long.
-fn impatient(config: &mut VmConfig, boot: Duration) {
-    config.timeouts.boot = boot * 20;
+fn impatient(ctx: &Context, config: &mut VmConfig, boot: Duration) {
+    // A boot that hangs costs a real host all of it.
+    config.timeouts.boot = boot * if ctx.is_simulated() { 20 } else { 6 };
     config.timeouts.pause = Duration::from_millis(500);
     config.timeouts.capture = Duration::from_secs(5);
     config.timeouts.request = Duration::from_millis(800);
@@ -359,13 +360,15 @@ async fn nothing_left(ctx: &Context, vm: Vm) -> Verdict {
 
 async fn sequential(ctx: &Context) -> Verdict {
     let boot = boot_time(ctx).await?;
-    let vm = super::probe::made(ctx, |config| impatient(config, boot)).await?;
+    let vm = super::probe::made(ctx, |config| impatient(ctx, config, boot)).await?;
     let path = format!("{}/chaos-{:x}", ctx.scratch(&*vm), ctx.draw(0, u64::MAX));
     let mut model =
         Model { stage: Stage::Created, memory: vec![None], captured: None, disturbed: false };
     // Some runs are quiet, some stormy.
     let (calm, mut faults) = (ctx.pick(&[3, 6, 12, u64::MAX]), 0);
-    for _ in 0..ctx.draw(30, 60) {
+    // Every third step or so boots a machine, which takes seconds on a real host.
+    let (least, most) = if ctx.is_simulated() { (30, 60) } else { (12, 24) };
+    for _ in 0..ctx.draw(least, most) {
         if ctx.one_in(calm) && disturb(ctx, &vm)?.is_some() {
             model.disturbed = true;
             faults += 1;
@@ -381,7 +384,7 @@ async fn sequential(ctx: &Context) -> Verdict {
 
 async fn concurrent(ctx: &Context) -> Verdict {
     let boot = boot_time(ctx).await?;
-    let vm = super::probe::made(ctx, |config| impatient(config, boot)).await?;
+    let vm = super::probe::made(ctx, |config| impatient(ctx, config, boot)).await?;
     let choices = super::lifecycle_table::operations(ctx);
     let faults = ctx.draw(0, 6);
     let mut disturbed = false;
@@ -430,7 +433,7 @@ async fn resume_again(ctx: &Context, vm: &Vm) -> Infallible {
 
 async fn dropped(ctx: &Context) -> Verdict {
     let boot = boot_time(ctx).await?;
-    let vm = super::probe::made(ctx, |config| impatient(config, boot)).await?;
+    let vm = super::probe::made(ctx, |config| impatient(ctx, config, boot)).await?;
     let choices = super::lifecycle_table::operations(ctx);
     let faults = ctx.draw(0, 5);
     for _ in 0..faults {

@@ -317,10 +317,10 @@ impl Host {
     }
 }
 
-/// Counts the runs that go on at a time. About half of their time is spent waiting; with many more, deadlines would get
-/// tight.
+/// Counts the runs that go on at a time: one more than cores, because they wait now and then. More would only make
+/// deadlines tight.
 fn runs_at_a_time() -> usize {
-    cores() + 2
+    cores() + 1
 }
 
 /// Says whether a clause that has machines of its own can have them forked, and on a backend that others use too: whether

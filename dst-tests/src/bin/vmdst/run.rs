@@ -40,7 +40,7 @@ pub(crate) struct Arguments {
     /// Writes what came of it to this file, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// How many runs go on at a time. Default one a core
+    /// How many runs go on at a time. Default as many as the backend allows, else one a core
     #[arg(long, value_name = "N", value_parser = any_number)]
     jobs: Option<u64>,
     /// Says of every run as it ends how long it took, on standard error
