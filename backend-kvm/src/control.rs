@@ -17,7 +17,7 @@ pub const CONTROL_FD: i32 = 3;
 pub const LIFELINE_FD: i32 = 4;
 
 /// The version of these messages; both sides must have the same.
-pub const CONTROL_VERSION: u32 = 4;
+pub const CONTROL_VERSION: u32 = 5;
 
 /// The largest packet, in bytes.
 pub const MAX_PACKET: usize = 64 << 10;
@@ -32,6 +32,15 @@ pub enum ToLauncher {
     /// ([`MachineSetUp::initrd_parts`]); the console ring; the console file where
     /// [`console_file`](MachineSetUp::console_file) says so; then each of [`disks`](MachineSetUp::disks).
     SetUp(Box<MachineSetUp>),
+    /// Describes a machine that was saved; it is then paused where it was. It comes in place of
+    /// [`SetUp`](Self::SetUp) and is answered like it. Descriptors: the state; where memory belongs; a file with memory;
+    /// then the same as with `SetUp` from the console ring on.
+    Load {
+        /// The machine, without anything to boot.
+        set_up: Box<MachineSetUp>,
+        /// Where memory begins in its file, a multiple of 4096.
+        memory_at: u64,
+    },
     /// Asks for something.
     Request {
         /// The request's number.
@@ -121,6 +130,9 @@ pub enum Request {
         /// The port.
         port: u32,
     },
+    /// Save this paused machine as it is now. Once this is answered, the machine may go on; what it was comes through the
+    /// pipe, whose writing end is the first descriptor. The others are an empty file for each writable disk.
+    Capture,
     /// Make a copy of this paused machine, as it is now, in a process of its own that shares memory until either side
     /// writes. Descriptors: the copy's control socket; its lifeline; a file for its standard error; its console ring,
     /// with what is to stand in it; the console file where the set-up said so; and for each writable disk an empty
@@ -220,6 +232,19 @@ pub enum Refusal {
     /// The host ran out of something.
     #[error("out of {0}")]
     Exhausted(String),
+    /// What was saved is of another kind of machine.
+    #[error("{field} is {found}, wanted {wanted}")]
+    Incompatible {
+        /// What differs.
+        field: String,
+        /// What was saved.
+        found: String,
+        /// What is needed.
+        wanted: String,
+    },
+    /// What was saved makes no sense.
+    #[error("damaged state: {0}")]
+    Corrupt(String),
     /// The machine is not in a state for it.
     #[error("the machine is {0:?}")]
     State(Status),

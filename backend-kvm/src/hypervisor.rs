@@ -8,6 +8,7 @@ use crate::{
     launcher::{LauncherProgram, NoLauncher, Started},
     life::{Life, Lives, StageTimes, host},
     machine::{KvmMachine, name_of},
+    snapshot::load::Saved,
 };
 use async_trait::async_trait;
 use std::{
@@ -18,10 +19,10 @@ use std::{
     sync::{Arc, OnceLock},
 };
 use tokio::task::spawn_blocking;
-use vm_core::machine::{Hypervisor, Machine, MachineError, MachineSpec};
+use vm_core::machine::{Hypervisor, Machine, MachineError, MachineSpec, Sections};
 use vm_guest_image::Need;
 use vm_guest_protocol::boot::{BootConfig, BootDisk, BootRoot};
-use vm_trait::{Capabilities, Capability, HostLimits, Mib, RootSource, VmConfig, VmId};
+use vm_trait::{Capabilities, Capability, DiskConfig, HostLimits, Mib, RootSource, VmConfig, VmId};
 
 /// The most vCPUs that the VMM gives a machine.
 const MAX_VCPUS: u8 = 8;
@@ -51,6 +52,8 @@ const CLAIMS: &[Capability] = &[
     Capability::Kernel,
     Capability::ConsoleFile,
     Capability::Fork,
+    Capability::Snapshot,
+    Capability::RestoreInPlace,
 ];
 
 /// Why machines of this kind cannot be made here.
@@ -180,13 +183,21 @@ impl Hypervisor for KvmHypervisor {
         let (launcher, images, config) =
             (self.launcher.clone(), self.images.clone(), spec.config.clone());
         let name = name_of(spec);
+        if spec.loads {
+            // What it boots from, if it ever does, comes with what is loaded.
+            let started = spawn_blocking(move || launcher.start()).await;
+            let started = started.map_err(|error| MachineError::Failed(error.to_string()))?;
+            let ring = ConsoleRing::new(config.console_bytes).map_err(|error| host(&error))?;
+            let life = Life::begin(started.map_err(|error| host(&error))?, ring).await?;
+            return Ok(Arc::new(KvmMachine::new(spec, life, &self.lives)));
+        }
         // What it made is dropped, and so ended, when this future is dropped.
         let made = spawn_blocking(move || Made::new(&launcher, &images, &config, name)).await;
         let made = made.map_err(|error| MachineError::Failed(error.to_string()))??;
         let Made { started, ring, parcel } = made;
         let ring_file = ring.file().try_clone_to_owned().map_err(|error| host(&error))?;
         let life = Life::begin(started, ring).await?;
-        let machine = KvmMachine::new(spec.vm, life.clone(), &self.lives);
+        let machine = KvmMachine::new(spec, life.clone(), &self.lives);
         let (message, fds) = parcel.packet(ring_file.as_fd());
         life.set_up(&message, &fds).await?;
         Ok(Arc::new(machine))
@@ -257,17 +268,11 @@ impl Parcel {
         let console_file = config.console_file.as_deref().map(files::open_console_file);
         let console_file = console_file.transpose()?;
         let set_up = MachineSetUp {
-            name,
-            vcpus: config.vcpus,
-            memory_mib: config.memory.0,
             cmdline: config.kernel.cmdline.clone(),
             devices_in_cmdline: !prepared.devices_by_acpi || turns_acpi_off(&config.kernel.cmdline),
             initrd_parts: 2 + u8::from(user_initrd.is_some()),
-            console_ring_bytes: config.console_bytes,
-            console_file: console_file.is_some(),
-            console_file_limit: CONSOLE_FILE_LIMIT,
             disks: devices.set_ups,
-            vsock_cid: GUEST_CID,
+            ..plain_set_up(config, name, console_file.is_some())
         };
         let disks = devices.files;
         Ok(Self { set_up, prepared, user_initrd, boot_part, console_file, disks })
@@ -281,6 +286,66 @@ impl Parcel {
         fds.extend(self.console_file.as_ref().map(AsFd::as_fd));
         fds.extend(self.disks.iter().map(AsFd::as_fd));
         (ToLauncher::SetUp(Box::new(self.set_up.clone())), fds)
+    }
+}
+
+/// What a launcher is sent of a machine that was saved.
+pub(crate) struct LoadParcel {
+    set_up: MachineSetUp,
+    saved: Saved,
+    console_file: Option<File>,
+    disks: Vec<File>,
+}
+
+impl LoadParcel {
+    /// Puts together what was saved and what the configuration names. It blocks.
+    pub(crate) fn new(
+        sections: &Sections,
+        config: &VmConfig,
+        name: String,
+    ) -> Result<Self, MachineError> {
+        let writable = config.disks.iter().filter(|disk| !disk.read_only).count();
+        let mut saved = Saved::new(sections, writable)?;
+        let mut own = std::mem::take(&mut saved.disks).into_iter();
+        let mut devices = Devices::default();
+        if let RootSource::Image(path) = &config.root.source {
+            devices.add_root(path, config.root.read_only, &mut Vec::new())?;
+        }
+        for (index, disk) in config.disks.iter().enumerate() {
+            let file = if disk.read_only { None } else { own.next() };
+            devices.add_disk(index, disk, file)?;
+        }
+        let console_file = config.console_file.as_deref().map(files::open_console_file);
+        let console_file = console_file.transpose()?;
+        let logs = console_file.is_some();
+        let set_up = MachineSetUp { disks: devices.set_ups, ..plain_set_up(config, name, logs) };
+        Ok(Self { set_up, saved, console_file, disks: devices.files })
+    }
+
+    /// Gives the message, and its descriptors in order.
+    pub(crate) fn packet<'a>(&'a self, ring: BorrowedFd<'a>) -> (ToLauncher, Vec<BorrowedFd<'a>>) {
+        let Saved { state, runs, memory, .. } = &self.saved;
+        let mut fds = vec![state.as_fd(), runs.as_fd(), memory.as_fd(), ring];
+        fds.extend(self.console_file.as_ref().map(AsFd::as_fd));
+        fds.extend(self.disks.iter().map(AsFd::as_fd));
+        (ToLauncher::Load { set_up: Box::new(self.set_up.clone()), memory_at: 0 }, fds)
+    }
+}
+
+/// Describes a machine without disks and with nothing to boot.
+fn plain_set_up(config: &VmConfig, name: String, console_file: bool) -> MachineSetUp {
+    MachineSetUp {
+        name,
+        vcpus: config.vcpus,
+        memory_mib: config.memory.0,
+        cmdline: String::new(),
+        devices_in_cmdline: false,
+        initrd_parts: 0,
+        console_ring_bytes: config.console_bytes,
+        console_file,
+        console_file_limit: CONSOLE_FILE_LIMIT,
+        disks: Vec::new(),
+        vsock_cid: GUEST_CID,
     }
 }
 
@@ -322,9 +387,7 @@ impl Devices {
     ) -> Result<Vec<BootDisk>, MachineError> {
         let mut boot_disks = Vec::new();
         for (index, disk) in config.disks.iter().enumerate() {
-            let serial = format!("disk{index}");
-            self.files.push(files::open_disk(index, disk)?);
-            self.set_ups.push(DiskSetUp { serial: serial.clone(), read_only: disk.read_only });
+            let serial = self.add_disk(index, disk, None)?;
             let (mount, read_only) = (disk.mount.clone(), disk.read_only);
             boot_disks.push(BootDisk { serial, mount, read_only });
         }
@@ -332,6 +395,19 @@ impl Devices {
             needs.extend([Need::Block, Need::Ext4]);
         }
         Ok(boot_disks)
+    }
+
+    /// Adds a disk with a file of its own, or the one that the configuration names; gives its serial string.
+    fn add_disk(
+        &mut self,
+        index: usize,
+        disk: &DiskConfig,
+        own: Option<File>,
+    ) -> Result<String, MachineError> {
+        let serial = format!("disk{index}");
+        self.files.push(own.map_or_else(|| files::open_disk(index, disk), Ok)?);
+        self.set_ups.push(DiskSetUp { serial: serial.clone(), read_only: disk.read_only });
+        Ok(serial)
     }
 }
 

@@ -31,6 +31,7 @@ mod machine;
 mod packet;
 mod probe;
 mod ready;
+mod snapshot;
 mod sync;
 pub mod vmm;
 

@@ -199,6 +199,11 @@ impl Life {
         Ok(life)
     }
 
+    /// Gives the file of the console's ring.
+    pub(crate) fn ring(&self) -> BorrowedFd<'_> {
+        self.ring.file()
+    }
+
     /// Describes the machine, and waits until it is made.
     ///
     /// # Errors
@@ -597,6 +602,10 @@ impl From<Refusal> for MachineError {
         match refusal {
             Refusal::Config { field, reason } => Self::Config { field, reason },
             Refusal::Exhausted(what) => Self::Exhausted(what),
+            Refusal::Incompatible { field, found, wanted } => {
+                Self::Incompatible { field, found, wanted }
+            }
+            Refusal::Corrupt(reason) => Self::Corrupt(reason),
             refusal @ Refusal::State(_) => Self::Failed(refusal.to_string()),
             Refusal::Failed(reason) => Self::Failed(reason),
         }

@@ -24,14 +24,16 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     runtime::Runtime,
 };
-use vm_core::machine::{Machine, MachineStatus};
+use vm_core::machine::{Machine, MachineSpec, MachineStatus};
+use vm_trait::VmId;
 
 #[path = "life_tests/listening.rs"]
 mod listening;
 
 /// Makes the machine of a life.
 fn machine_of(life: Arc<Life>) -> KvmMachine {
-    KvmMachine::new(VmId(1), life, &Arc::default())
+    let spec = MachineSpec { vm: VmId(1), life: 1, config: Arc::default(), loads: false };
+    KvmMachine::new(&spec, life, &Arc::default())
 }
 
 const SOON: Duration = Duration::from_secs(20);

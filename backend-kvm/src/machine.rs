@@ -3,12 +3,17 @@
 use crate::{
     control::{Answer, Refusal, Request, Status},
     files,
+    hypervisor::LoadParcel,
     launcher::{Ours, Process, Started},
     life::{Life, Listening, Lives, host},
+    snapshot::capture::Capture,
+    vmm::memory_end,
 };
 use async_trait::async_trait;
 use bytes::Bytes;
+use rustix::pipe::PipeFlags;
 use std::{
+    fs::File,
     io::{self, Write},
     os::{
         fd::{AsFd, OwnedFd},
@@ -17,12 +22,18 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
-use tokio::net::UnixStream;
-use vm_core::machine::{
-    Acceptor, Link, Machine, MachineError, MachineExit, MachineSpec, MachineStats, MachineStatus,
-    SectionSink, Sections,
+use tokio::{
+    net::{UnixStream, unix::pipe},
+    task::spawn_blocking,
 };
-use vm_trait::VmId;
+use vm_core::machine::{
+    Acceptor, Captured, Link, Machine, MachineError, MachineExit, MachineSpec, MachineStats,
+    MachineStatus, Sections,
+};
+use vm_trait::VmConfig;
+
+/// How much of a state may wait in the pipe for its reader.
+const PIPE_BYTES: usize = 1 << 20;
 
 /// The longest line with which a connection is accepted: `OK`, a port and a newline.
 const LONGEST_ACCEPTANCE: usize = 32;
@@ -32,13 +43,16 @@ const LONGEST_ACCEPTANCE: usize = 32;
 pub(crate) struct KvmMachine {
     life: Arc<Life>,
     lives: Arc<Lives>,
+    config: Arc<VmConfig>,
+    /// The name of its process.
+    name: String,
 }
 
 impl KvmMachine {
     /// Makes the machine of a VM's present life, which is kept among all `lives`.
-    pub(crate) fn new(vm: VmId, life: Arc<Life>, lives: &Arc<Lives>) -> Self {
-        lives.keep(vm, &life);
-        Self { life, lives: lives.clone() }
+    pub(crate) fn new(spec: &MachineSpec, life: Arc<Life>, lives: &Arc<Lives>) -> Self {
+        lives.keep(spec.vm, &life);
+        Self { life, lives: lives.clone(), config: spec.config.clone(), name: name_of(spec) }
     }
 
     /// Makes one copy. When the future is dropped, nothing is left of it.
@@ -49,8 +63,7 @@ impl KvmMachine {
         let ring = self.life.copy_console().map_err(of_host)?;
         let console_file = spec.config.console_file.as_deref().map(files::open_console_file);
         let console_file = console_file.transpose()?;
-        let writable = spec.config.disks.iter().filter(|disk| !disk.read_only);
-        let disks = writable.map(|_| files::nameless()).collect::<Result<Vec<_>, _>>()?;
+        let disks = own_disks(&spec.config)?;
         let mut fds = vec![control.as_fd(), lifeline.as_fd(), ours.messages.as_fd(), ring.file()];
         fds.extend(console_file.as_ref().map(AsFd::as_fd));
         fds.extend(disks.iter().map(AsFd::as_fd));
@@ -65,7 +78,7 @@ impl KvmMachine {
         let spawn_time = began.elapsed();
         let started = Started { control, process, lifeline, messages, spawn_time };
         let life = Life::of_copy(started, ring).await?;
-        Ok(Arc::new(Self::new(spec.vm, life, &self.lives)))
+        Ok(Arc::new(Self::new(spec, life, &self.lives)))
     }
 
     async fn order(&self, request: Request) -> Result<(), MachineError> {
@@ -138,12 +151,33 @@ impl Machine for KvmMachine {
         Ok(Box::new(KvmAcceptor(self.life.listen(port).await?)))
     }
 
-    async fn save(&self, _sections: &mut dyn SectionSink) -> Result<(), MachineError> {
-        unsupported("snapshot")
+    async fn capture(&self) -> Result<Box<dyn Captured>, MachineError> {
+        let of_host = |error: io::Error| host(&error);
+        let (its, ours) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
+            .map(|(ours, its)| (its, ours))
+            .map_err(|error| host(&error.into()))?;
+        // A longer pipe is quicker; a host may not allow it.
+        let _ = rustix::pipe::fcntl_setpipe_size(&its, PIPE_BYTES);
+        let ours = pipe::Receiver::from_owned_fd(ours).map_err(of_host)?;
+        let disks = own_disks(&self.config)?;
+        let mut fds = vec![its.as_fd()];
+        fds.extend(disks.iter().map(AsFd::as_fd));
+        match self.life.request(Request::Capture, &fds).await? {
+            Answer::Done => {}
+            other => return Err(unexpected(&other)),
+        }
+        let lengths = disks.iter().map(|disk| disk.metadata().map(|about| about.len()));
+        let lengths = lengths.collect::<io::Result<_>>().map_err(of_host)?;
+        Ok(Box::new(Capture::new(ours, memory_end(self.config.memory.0), lengths)))
     }
 
-    async fn load(&self, _sections: &Sections) -> Result<(), MachineError> {
-        unsupported("restore")
+    async fn load(&self, sections: &Sections) -> Result<(), MachineError> {
+        let (sections, config, name) = (sections.clone(), self.config.clone(), self.name.clone());
+        let ring = self.life.ring().try_clone_to_owned().map_err(|error| host(&error))?;
+        let parcel = spawn_blocking(move || LoadParcel::new(&sections, &config, name));
+        let parcel = parcel.await.map_err(|error| MachineError::Failed(error.to_string()))??;
+        let (message, fds) = parcel.packet(ring.as_fd());
+        self.life.set_up(&message, &fds).await
     }
 
     async fn fork(&self, specs: &[MachineSpec]) -> Vec<Result<Arc<dyn Machine>, MachineError>> {
@@ -232,10 +266,11 @@ pub(crate) fn name_of(spec: &MachineSpec) -> String {
     spec.config.name.clone().unwrap_or_else(|| spec.vm.to_string())
 }
 
-fn unexpected(answer: &Answer) -> MachineError {
-    MachineError::Failed(format!("the launcher answered something else: {answer:?}"))
+/// Makes an empty file for each writable disk, for a copy of it.
+fn own_disks(config: &VmConfig) -> Result<Vec<File>, MachineError> {
+    config.disks.iter().filter(|disk| !disk.read_only).map(|_| files::nameless()).collect()
 }
 
-fn unsupported<T>(what: &str) -> Result<T, MachineError> {
-    Err(MachineError::Unsupported(what.to_owned()))
+fn unexpected(answer: &Answer) -> MachineError {
+    MachineError::Failed(format!("the launcher answered something else: {answer:?}"))
 }

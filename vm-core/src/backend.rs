@@ -1,7 +1,7 @@
 //! [`CoreBackend`]: a whole backend out of a hypervisor and an environment.
 
 use crate::{
-    container,
+    container::{self, ContainerError},
     env::Env,
     host_fs::HostFs,
     machine::Hypervisor,
@@ -114,7 +114,7 @@ impl CoreBackend {
         let (manifest, _) = container::verify_bytes(&bytes)?;
         manifest.compatibility.check(&compatible_with(&self.parts, &manifest.config))?;
         // A name of its own: importing twice gives two files, and neither can replace a snapshot that is in use.
-        let path = self.parts.snapshot_path(SnapshotId(self.parts.env.random_u64()));
+        let path = self.parts.snapshot_path(SnapshotId(self.parts.env.random_u64())).await?;
         let tag = self.parts.env.random_u64();
         let manifest = container::write_verified(self.parts.fs.clone(), &path, bytes, tag).await?;
         Ok(Snapshot::new(path, manifest.metadata))
@@ -130,9 +130,11 @@ impl std::ops::Deref for Parts {
 }
 
 impl Parts {
-    /// Gives the file for a snapshot that is given no path.
-    pub(crate) fn snapshot_path(&self, id: SnapshotId) -> PathBuf {
-        self.snapshots.join(format!("{id}.twinvm"))
+    /// Gives the file for a snapshot that is given no path, in a directory that is there then.
+    pub(crate) async fn snapshot_path(&self, id: SnapshotId) -> Result<PathBuf, ContainerError> {
+        let made = self.fs.create_dir_all(&self.snapshots).await;
+        made.map_err(|error| ContainerError::io(&self.snapshots, &error))?;
+        Ok(self.snapshots.join(format!("{id}.twinvm")))
     }
 
     /// Counts a VM for as long as the returned token lives.

@@ -49,6 +49,8 @@ pub struct MachineSpec {
     pub life: u64,
     /// The VM's configuration, already validated.
     pub config: Arc<VmConfig>,
+    /// Whether a saved state will be loaded into it, so that it needs nothing to boot from.
+    pub loads: bool,
 }
 
 /// One life of a virtual machine.
@@ -105,11 +107,12 @@ pub trait Machine: Send + Sync + fmt::Debug {
     /// [`MachineError::PortInUse`].
     async fn listen(&self, port: u32) -> Result<Box<dyn Acceptor>, MachineError>;
 
-    /// Writes the state of a paused machine, section by section.
+    /// Takes down the state of a paused machine as it is now. It is written out afterwards, when the machine may have gone
+    /// on, or ended. When the future is dropped, nothing is left of it.
     ///
     /// # Errors
-    /// When it cannot, or with the error of the sink.
-    async fn save(&self, sections: &mut dyn SectionSink) -> Result<(), MachineError>;
+    /// When it cannot.
+    async fn capture(&self) -> Result<Box<dyn Captured>, MachineError>;
 
     /// Puts a saved state into a machine that was not booted; it is then paused, and all the connections its guest
     /// had are gone.
@@ -130,6 +133,16 @@ pub trait Machine: Send + Sync + fmt::Debug {
 
     /// Gives the last bytes of the console, also after the end.
     fn console(&self) -> Bytes;
+}
+
+/// A machine's state as it was once. Dropped, it leaves nothing.
+#[async_trait]
+pub trait Captured: Send + fmt::Debug {
+    /// Writes it, section by section. When the future is dropped, it cannot be written any more.
+    ///
+    /// # Errors
+    /// When it cannot, or with the error of the sink.
+    async fn write(&mut self, sections: &mut dyn SectionSink) -> Result<(), MachineError>;
 }
 
 /// Takes streams that a guest opens. While nobody asks it for one, at most [`BACKLOG`] wait; more are refused.

@@ -3,6 +3,7 @@
 use super::{
     greet,
     machine::{Machine, MachineState, Outside},
+    memory::GuestMemory,
     process::name_thread,
     refuse::{config, failed},
     serve::serve_made,
@@ -19,7 +20,6 @@ use std::{
     io,
     os::fd::{AsFd, OwnedFd},
 };
-use vm_kvm_devices::Memory;
 
 /// How many bytes of a disk are copied in one call.
 const COPY_STEP: u64 = 64 << 20;
@@ -61,31 +61,29 @@ impl Parcel {
     /// Takes a request's descriptors in their order, and fills the copy's own disks.
     fn new(machine: &Machine, fds: Vec<OwnedFd>) -> Result<Self, Refusal> {
         let set_up = machine.set_up();
-        let own = set_up.disks.iter().filter(|disk| !disk.read_only).count();
-        let expected = 4 + usize::from(set_up.console_file) + own;
-        if fds.len() != expected {
-            let reason = format!("{} came, {expected} are wanted", fds.len());
-            return Err(config("descriptors", reason));
-        }
         let mut fds = fds.into_iter();
         let mut next = || fds.next().ok_or_else(|| config("descriptors", "one is missing"));
         let (control, lifeline, messages) = (next()?, next()?, next()?);
         let ring = File::from(next()?);
         let log = if set_up.console_file { Some(File::from(next()?)) } else { None };
+        let mut own = own_disks(machine, fds)?.into_iter();
         let disks = machine.disks().map(|(disk, file)| {
             if disk.read_only {
                 return file.try_clone().map_err(|error| failed("disk", error));
             }
-            let own = File::from(next()?);
-            copy_disk(file, &own).map_err(|error| failed(&disk.serial, error))?;
-            Ok(own)
+            own.next().ok_or_else(|| config("descriptors", "one is missing"))
         });
         let disks = disks.collect::<Result<_, Refusal>>()?;
         Ok(Self { control, lifeline, messages, outside: Outside { ring, log, disks } })
     }
 
     /// Lives as the copy, until its machine ends or its owner hangs up.
-    fn go_on(self, set_up: &MachineSetUp, memory: Memory, state: &MachineState) -> io::Result<()> {
+    fn go_on(
+        self,
+        set_up: &MachineSetUp,
+        memory: GuestMemory,
+        state: &MachineState,
+    ) -> io::Result<()> {
         let Self { control, lifeline, messages, outside } = self;
         let mut kept = vec![control.as_fd(), outside.ring.as_fd()];
         kept.extend(outside.log.as_ref().map(AsFd::as_fd));
@@ -96,6 +94,26 @@ impl Parcel {
         let revived = Machine::revive(set_up, outside, memory, state, &channel);
         serve_made(revived, &channel, Vec::new())
     }
+}
+
+/// Fills an empty file for each writable disk with what that holds.
+///
+/// # Errors
+/// [`Refusal::Config`] for more or fewer files than disks, and what the host refuses.
+pub(super) fn own_disks(
+    machine: &Machine,
+    files: impl Iterator<Item = OwnedFd>,
+) -> Result<Vec<File>, Refusal> {
+    let files: Vec<_> = files.map(File::from).collect();
+    let writable: Vec<_> = machine.disks().filter(|(disk, _)| !disk.read_only).collect();
+    if files.len() != writable.len() {
+        let reason = format!("{} files came for {} disks", files.len(), writable.len());
+        return Err(config("descriptors", reason));
+    }
+    for ((disk, from), to) in writable.iter().zip(&files) {
+        copy_disk(from, to).map_err(|error| failed(&disk.serial, error))?;
+    }
+    Ok(files)
 }
 
 /// Copies a disk's content into an empty file, and leaves out what it has no blocks for.

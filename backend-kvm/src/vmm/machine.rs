@@ -9,13 +9,15 @@ use super::{
     devices::{DeviceSetUp, Devices, DevicesState, event},
     flush::FlushTimer,
     layout::{IDENTITY_MAP, SERIAL_LINE, TSS},
-    memory,
+    memory::{self, GuestMemory},
     ports::{Ports, PortsState},
     refuse::{config, failed, kvm_failed},
+    saving,
     threads::prepare_kicks,
     vcpus::{Outcome, Stopped, Vcpus},
 };
 use crate::control::{DiskSetUp, End, MachineSetUp, Refusal, Stats, Status};
+use crate::snapshot::runs::Runs;
 use crate::sync::lock;
 use kvm_bindings::{
     KVM_API_VERSION, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
@@ -25,11 +27,10 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 use std::{
     fs::File,
-    os::fd::OwnedFd,
+    os::{fd::OwnedFd, unix::fs::FileExt},
     sync::{Arc, Mutex},
     time::Duration,
 };
-use vm_kvm_devices::Memory;
 
 /// A guest with all it has.
 #[derive(Debug)]
@@ -44,12 +45,13 @@ pub(super) struct Machine {
     clock: kvm_clock_data,
     bus: Arc<Bus>,
     kinds: StateKinds,
+    model: Model,
     set_up: MachineSetUp,
     /// The disks' files, which the devices have too.
     disks: Vec<File>,
     vm: VmFd,
     // After what uses it.
-    memory: Memory,
+    memory: GuestMemory,
 }
 
 /// All of a machine's state but its memory and disks, as plain data.
@@ -71,6 +73,18 @@ struct Files {
     initrd: Vec<File>,
     outside: Outside,
 }
+
+/// The descriptors of a saved machine, taken apart.
+#[derive(Debug)]
+struct Loaded {
+    state: File,
+    runs: File,
+    memory: File,
+    outside: Outside,
+}
+
+/// The most bytes that say where memory belongs: enough for 1 TiB of which every second page is zero.
+const MAX_RUNS: u64 = 2 << 30;
 
 /// The files through which a machine reaches the host.
 #[derive(Debug)]
@@ -96,9 +110,9 @@ impl Machine {
         fds: Vec<OwnedFd>,
         channel: &Arc<Channel>,
     ) -> Result<Self, Refusal> {
-        let files = take_apart(set_up, fds)?;
+        let files = Files::take_apart(set_up, fds)?;
         prepare_kicks().map_err(|error| failed("signal handler", error))?;
-        let memory = memory::map(set_up.memory_mib)?;
+        let memory = GuestMemory::empty(set_up.memory_mib)?;
         let machine = Self::assemble(set_up, files.outside, memory, channel)?;
         let source = BootSource {
             kernel: &files.kernel,
@@ -108,10 +122,28 @@ impl Machine {
             devices: &machine.devices.announced(),
             vcpus: set_up.vcpus,
         };
-        let entry = prepare(&machine.memory, &source)?;
-        write_tables(&machine.memory)?;
+        let entry = prepare(&machine.memory.memory, &source)?;
+        write_tables(&machine.memory.memory)?;
         machine.vcpus.each(|id, vcpu| if id == 0 { enter_kernel(vcpu, entry) } else { Ok(()) })?;
         Ok(machine)
+    }
+
+    /// Makes a machine that stands still where another one was saved.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); also [`Refusal::Corrupt`] and [`Refusal::Incompatible`] for what was saved.
+    pub(super) fn load(
+        set_up: &MachineSetUp,
+        memory_at: u64,
+        fds: Vec<OwnedFd>,
+        channel: &Arc<Channel>,
+    ) -> Result<Self, Refusal> {
+        let Loaded { state, runs, memory, outside } = Loaded::take_apart(set_up, fds)?;
+        prepare_kicks().map_err(|error| failed("signal handler", error))?;
+        let state = saving::read_state(&state)?;
+        let runs = read_runs(&runs)?;
+        let memory = GuestMemory::saved(set_up.memory_mib, runs, &memory, memory_at)?;
+        Self::revive(set_up, outside, memory, &state, channel)
     }
 
     /// Makes a machine that stands still where another one stood whose state and memory these are.
@@ -121,7 +153,7 @@ impl Machine {
     pub(super) fn revive(
         set_up: &MachineSetUp,
         outside: Outside,
-        memory: Memory,
+        memory: GuestMemory,
         state: &MachineState,
         channel: &Arc<Channel>,
     ) -> Result<Self, Refusal> {
@@ -134,13 +166,13 @@ impl Machine {
     fn assemble(
         set_up: &MachineSetUp,
         outside: Outside,
-        memory: Memory,
+        memory: GuestMemory,
         channel: &Arc<Channel>,
     ) -> Result<Self, Refusal> {
         let kvm = open_kvm()?;
         let model = Model::new(&kvm, set_up.vcpus)?;
         let vm = make_vm(&kvm)?;
-        memory::give_to_guest(&vm, &memory)?;
+        memory::give_to_guest(&vm, &memory.memory)?;
         let vcpus = make_vcpus(&kvm, &vm, &model, set_up.vcpus)?;
         let kinds = StateKinds::new(&kvm, &vm)?;
 
@@ -157,7 +189,7 @@ impl Machine {
             vsock_cid: set_up.vsock_cid,
             disks: set_up.disks.iter().cloned().zip(outside.disks).collect(),
         };
-        let devices = Arc::new(Devices::new(&vm, &memory, device_set_up, channel)?);
+        let devices = Arc::new(Devices::new(&vm, &memory.memory, device_set_up, channel)?);
         let outcome = Arc::new(Outcome::new(event()?));
         let bus = Arc::new(Bus::new(ports, devices.clone(), channel.clone()));
         Ok(Self {
@@ -170,6 +202,7 @@ impl Machine {
             clock: kvm_clock_data::default(),
             bus,
             kinds,
+            model,
             set_up: set_up.clone(),
             disks,
             vm,
@@ -256,6 +289,9 @@ impl Machine {
                 format!("{} were saved, {} are here", state.vcpus.len(), self.set_up.vcpus);
             return Err(config("vcpus", reason));
         }
+        for (id, state) in (0..).zip(&state.vcpus) {
+            state.check(&self.model.of_vcpu(id))?;
+        }
         let mut states = state.vcpus.iter();
         self.vcpus.each(|_, vcpu| {
             states.next().map_or(Ok(()), |state| state.restore(vcpu, &self.kinds))
@@ -271,7 +307,7 @@ impl Machine {
     }
 
     /// Gives the memory, for a copy of this process.
-    pub(super) fn memory(&self) -> &Memory {
+    pub(super) fn memory(&self) -> &GuestMemory {
         &self.memory
     }
 
@@ -290,7 +326,7 @@ impl Machine {
         Stats {
             vcpu_time_ns: u64::try_from(self.vcpus.cpu_time().as_nanos()).unwrap_or(u64::MAX),
             vm_exits: self.vcpus.exits(),
-            guest_resident_bytes: memory::resident_bytes(&self.memory),
+            guest_resident_bytes: memory::resident_bytes(&self.memory.memory),
         }
     }
 
@@ -343,25 +379,56 @@ impl Machine {
     }
 }
 
-/// Takes a set-up's descriptors in their order.
-fn take_apart(set_up: &MachineSetUp, fds: Vec<OwnedFd>) -> Result<Files, Refusal> {
-    let expected = 2
-        + usize::from(set_up.initrd_parts)
-        + usize::from(set_up.console_file)
-        + set_up.disks.len();
-    if fds.len() != expected {
-        let reason = format!("{} came, {expected} are announced", fds.len());
-        return Err(config("descriptors", reason));
+impl Files {
+    /// Takes a set-up's descriptors in their order.
+    fn take_apart(set_up: &MachineSetUp, fds: Vec<OwnedFd>) -> Result<Self, Refusal> {
+        let mut fds = fds.into_iter().map(File::from);
+        let kernel = next(&mut fds)?;
+        let initrd = (0..set_up.initrd_parts).map(|_| next(&mut fds)).collect::<Result<_, _>>()?;
+        Ok(Self { kernel, initrd, outside: Outside::take_apart(set_up, fds)? })
     }
-    let mut fds = fds.into_iter().map(File::from);
-    let mut next = || fds.next().ok_or_else(|| config("descriptors", "one is missing"));
-    let kernel = next()?;
-    let initrd = (0..set_up.initrd_parts).map(|_| next()).collect::<Result<_, _>>()?;
-    let ring = next()?;
-    check_ring(&ring, set_up.console_ring_bytes)
-        .map_err(|error| config("console_ring_bytes", error.to_string()))?;
-    let log = if set_up.console_file { Some(next()?) } else { None };
-    Ok(Files { kernel, initrd, outside: Outside { ring, log, disks: fds.collect() } })
+}
+
+impl Loaded {
+    /// Takes the descriptors of a saved machine in their order.
+    fn take_apart(set_up: &MachineSetUp, fds: Vec<OwnedFd>) -> Result<Self, Refusal> {
+        let mut fds = fds.into_iter().map(File::from);
+        let (state, runs, memory) = (next(&mut fds)?, next(&mut fds)?, next(&mut fds)?);
+        Ok(Self { state, runs, memory, outside: Outside::take_apart(set_up, fds)? })
+    }
+}
+
+impl Outside {
+    /// Takes the last descriptors of a set-up in their order.
+    fn take_apart(
+        set_up: &MachineSetUp,
+        mut fds: impl Iterator<Item = File>,
+    ) -> Result<Self, Refusal> {
+        let ring = next(&mut fds)?;
+        check_ring(&ring, set_up.console_ring_bytes)
+            .map_err(|error| config("console_ring_bytes", error.to_string()))?;
+        let log = if set_up.console_file { Some(next(&mut fds)?) } else { None };
+        let disks: Vec<_> = fds.collect();
+        if disks.len() != set_up.disks.len() {
+            let reason = format!("{} came for {} disks", disks.len(), set_up.disks.len());
+            return Err(config("descriptors", reason));
+        }
+        Ok(Self { ring, log, disks })
+    }
+}
+
+fn next(fds: &mut impl Iterator<Item = File>) -> Result<File, Refusal> {
+    fds.next().ok_or_else(|| config("descriptors", "one is missing"))
+}
+
+fn read_runs(file: &File) -> Result<Runs, Refusal> {
+    let len = file.metadata().map_err(|error| failed("saved memory", error))?.len();
+    if len > MAX_RUNS {
+        return Err(Refusal::Corrupt(format!("{len} bytes of runs")));
+    }
+    let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+    file.read_exact_at(&mut bytes, 0).map_err(|error| failed("saved memory", error))?;
+    Runs::decode(&bytes).map_err(Refusal::Corrupt)
 }
 
 fn open_kvm() -> Result<Kvm, Refusal> {

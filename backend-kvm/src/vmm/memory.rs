@@ -5,7 +5,10 @@ use super::{
     layout::{ABOVE_HOLE, HOLE},
     refuse::{config, failed, kvm_failed},
 };
-use crate::control::Refusal;
+use crate::{
+    control::Refusal,
+    snapshot::runs::{PAGE, Runs},
+};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{VcpuFd, VmFd};
 use rustix::{
@@ -16,7 +19,8 @@ use std::{
     ffi::c_void,
     fs::File,
     io::{self, Read, Seek, SeekFrom},
-    os::fd::AsRawFd,
+    os::{fd::AsRawFd, unix::fs::FileExt},
+    sync::Arc,
 };
 use vm_kvm_devices::Memory;
 use vm_memory::{
@@ -30,6 +34,10 @@ const MIN_MIB: u32 = 64;
 /// The most memory, in MiB: 1 TiB, far below what any x86-64 processor can address.
 const MAX_MIB: u32 = 1 << 20;
 
+/// The most parts of a file that one guest's memory is mapped from; what is left is read. The kernel has a limit of its
+/// own, by default 65,530 for a process.
+const MAX_MAPPINGS: usize = 16_384;
+
 /// The size of a huge page.
 const HUGE_PAGE: usize = 2 << 20;
 
@@ -41,7 +49,7 @@ const FLAGS: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE
 ///
 /// # Errors
 /// [`Refusal::Config`] for sizes that cannot be, [`Refusal::Exhausted`] where the host has no room.
-pub(super) fn map(mib: u32) -> Result<Memory, Refusal> {
+fn map(mib: u32) -> Result<Memory, Refusal> {
     if !(MIN_MIB..=MAX_MIB).contains(&mib) {
         let reason = format!("{mib} MiB; it must be from {MIN_MIB} to {MAX_MIB}");
         return Err(config("memory_mib", reason));
@@ -75,6 +83,115 @@ fn map_aligned(bytes: usize) -> io::Result<*mut c_void> {
         // The kernel was built without huge pages.
         Ok(()) | Err(Errno::INVAL) => Ok(memory),
         Err(error) => Err(error.into()),
+    }
+}
+
+/// Where memory of so many MiB ends, as a guest's physical address.
+pub(crate) fn end(mib: u32) -> u64 {
+    ranges(u64::from(mib) << 20).last().map_or(0, |(start, bytes)| start.0 + *bytes as u64)
+}
+
+/// A guest's memory, and which of it stands in a file as long as nobody wrote to it.
+#[derive(Clone, Debug)]
+pub(super) struct GuestMemory {
+    pub(super) memory: Memory,
+    pub(super) from_file: Arc<Runs>,
+}
+
+impl GuestMemory {
+    /// Maps memory of so many MiB, which is empty.
+    ///
+    /// # Errors
+    /// As [`map`].
+    pub(super) fn empty(mib: u32) -> Result<Self, Refusal> {
+        Ok(Self { memory: map(mib)?, from_file: Arc::default() })
+    }
+
+    /// Maps memory of so many MiB that holds what stands in a file from `at` on, packed. Nothing is read yet, and
+    /// nothing is ever written to the file.
+    ///
+    /// # Errors
+    /// [`Refusal::Corrupt`] where the runs are not those of such memory, and what the host refuses.
+    pub(super) fn saved(mib: u32, runs: Runs, file: &File, at: u64) -> Result<Self, Refusal> {
+        let of_host = |error: io::Error| failed("saved memory", error);
+        let len = file.metadata().map_err(of_host)?.len();
+        if at.checked_add(runs.packed()).is_none_or(|end| end > len) || runs.total() != end(mib) {
+            let reason = format!("{} bytes of memory at {at} of {len}", runs.packed());
+            return Err(Refusal::Corrupt(reason));
+        }
+        let memory = map(mib)?;
+        let (mut position, mut mappings) = (at, 0);
+        for (start, bytes) in runs.iter() {
+            let slice = usize::try_from(bytes)
+                .ok()
+                .filter(|_| [start, bytes, position].iter().all(|number| number % PAGE == 0))
+                .and_then(|bytes| memory.get_slice(GuestAddress(start), bytes).ok());
+            let Some(slice) = slice else {
+                return Err(Refusal::Corrupt(format!("{bytes} bytes of memory at {start:#x}")));
+            };
+            if mappings < MAX_MAPPINGS {
+                map_file(&slice, file, position).map_err(of_host)?;
+                mappings += 1;
+            } else {
+                let mut reader = FileAt { file, len, offset: position };
+                let mut rest = slice;
+                reader.read_exact_volatile(&mut rest).map_err(|error| {
+                    Refusal::Failed(format!("saved memory at {start:#x}: {error}"))
+                })?;
+            }
+            position += bytes;
+        }
+        Ok(Self { memory, from_file: Arc::new(runs) })
+    }
+}
+
+/// Lets memory show what stands in a file at `at`, until it is written to.
+fn map_file(slice: &VolatileSlice<'_, ()>, file: &File, at: u64) -> io::Result<()> {
+    let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+    let (readable, start) = (ProtFlags::READ | ProtFlags::WRITE, slice.ptr_guard_mut().as_ptr());
+    // SAFETY: the range is whole pages of guest memory, which stays mapped at the same place; nothing runs in it yet, and
+    // nothing in this process holds a Rust reference into it.
+    unsafe { rustix::mm::mmap(start.cast(), slice.len(), readable, flags, file, at) }?;
+    // SAFETY: as above; the advice changes nothing but core dumps.
+    unsafe { madvise(start.cast(), slice.len(), Advice::LinuxDontDump) }?;
+    Ok(())
+}
+
+/// Which pages of a region can hold anything but zeros.
+#[derive(Debug)]
+pub(super) struct Populated {
+    /// An entry of /proc/self/pagemap for each page; nothing where that cannot be read.
+    pages: Option<Vec<u8>>,
+    /// Offset and length of what stands in a file.
+    from_file: Vec<(u64, u64)>,
+}
+
+impl Populated {
+    /// Looks at a region of this process.
+    pub(super) fn of(region: &impl GuestMemoryRegion, from_file: &Runs) -> Self {
+        const ENTRY: u64 = 8;
+        let (start, len) = (region.start_addr().0, region.len());
+        let read = || -> io::Result<Vec<u8>> {
+            let host = region.get_host_address(vm_memory::MemoryRegionAddress(0));
+            let host = host.map_err(io::Error::other)? as u64;
+            let mut pages = vec![0; usize::try_from(len / PAGE * ENTRY).unwrap_or(0)];
+            let pagemap = File::open("/proc/self/pagemap")?;
+            pagemap.read_exact_at(&mut pages, host / PAGE * ENTRY)?;
+            Ok(pages)
+        };
+        let inside = |(at, len): (u64, u64)| Some((at.checked_sub(start)?, len));
+        Self { pages: read().ok(), from_file: from_file.iter().filter_map(inside).collect() }
+    }
+
+    /// Whether any of these bytes can be something else than zero.
+    pub(super) fn any(&self, at: u64, len: u64) -> bool {
+        // Present, or swapped out (Documentation/admin-guide/mm/pagemap.rst of the kernel).
+        const THERE: u8 = 0xc0;
+        let Some(pages) = &self.pages else { return true };
+        let index = |at: u64| usize::try_from(at / PAGE * 8).unwrap_or(usize::MAX);
+        let entries = pages.get(index(at)..index(at + len)).unwrap_or_default();
+        let there = entries.iter().skip(7).step_by(8).any(|highest| highest & THERE != 0);
+        there || self.from_file.iter().any(|(start, run)| *start < at + len && at < start + run)
     }
 }
 

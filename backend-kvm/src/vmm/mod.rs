@@ -11,7 +11,7 @@
 //! | the machine and its life | `machine`, `vcpus` |
 //! | what a kernel finds when it starts | `boot`, `cpu`, `layout` |
 //! | devices | `devices`, `ports`, `console` |
-//! | a machine's state, and copies of it | `machine`, `cpu`, `copies`, `split` |
+//! | a machine's state, and copies of it | `machine`, `cpu`, `saving`, `copies`, `split` |
 
 mod boot;
 mod bus;
@@ -29,6 +29,7 @@ mod memory;
 mod ports;
 mod process;
 mod refuse;
+mod saving;
 mod serve;
 mod split;
 mod threads;
@@ -36,6 +37,8 @@ mod vcpus;
 mod wall_clock;
 
 use crate::control::{CONTROL_VERSION, End, FromLauncher};
+pub(crate) use memory::end as memory_end;
+
 use channel::Channel;
 use std::{
     io::{self, Write},

@@ -6,6 +6,7 @@ use super::{
     fds::of_event,
     machine::Machine,
     process::name_thread,
+    saving,
 };
 use crate::control::{Answer, FromLauncher, MachineSetUp, Refusal, Request, Status, ToLauncher};
 use rustix::{
@@ -34,9 +35,20 @@ const BATCH: usize = 16;
 /// When the owner breaks the protocol, or the host fails.
 pub(super) fn serve(channel: &Arc<Channel>) -> io::Result<()> {
     let mut buffer = Vec::new();
-    let Some((set_up, fds)) = wait_for_set_up(channel, &mut buffer)? else { return Ok(()) };
-    name_thread(&format!("vm-{}", set_up.name));
-    serve_made(Machine::new(&set_up, fds, channel), channel, buffer)
+    let Some((message, fds)) = wait_for_set_up(channel, &mut buffer)? else { return Ok(()) };
+    let named = |set_up: &MachineSetUp| name_thread(&format!("vm-{}", set_up.name));
+    let made = match message {
+        ToLauncher::SetUp(set_up) => {
+            named(&set_up);
+            Machine::new(&set_up, fds, channel)
+        }
+        ToLauncher::Load { set_up, memory_at } => {
+            named(&set_up);
+            Machine::load(&set_up, memory_at, fds, channel)
+        }
+        _ => return Err(io::Error::other("something came before the machine's description")),
+    };
+    serve_made(made, channel, buffer)
 }
 
 /// Tells the owner what came of the making of a machine, and serves it until it ends or the owner hangs up.
@@ -63,13 +75,10 @@ pub(super) fn serve_made(
 fn wait_for_set_up(
     channel: &Channel,
     buffer: &mut Vec<u8>,
-) -> io::Result<Option<(MachineSetUp, Vec<OwnedFd>)>> {
+) -> io::Result<Option<(ToLauncher, Vec<OwnedFd>)>> {
     loop {
         match channel.receive(buffer)? {
-            Received::Message(ToLauncher::SetUp(set_up), fds) => return Ok(Some((*set_up, fds))),
-            Received::Message(ToLauncher::Request { .. } | ToLauncher::Taken { .. }, _) => {
-                return Err(io::Error::other("something came before the machine's description"));
-            }
+            Received::Message(message, fds) => return Ok(Some((message, fds))),
             Received::HungUp => return Ok(None),
             Received::Nothing => {
                 let mut readable = [PollFd::new(channel, PollFlags::IN)];
@@ -164,21 +173,13 @@ impl Server {
         match self.channel.receive(&mut self.buffer)? {
             Received::Nothing => Ok(Going::On),
             Received::HungUp => Ok(Going::Over),
-            Received::Message(ToLauncher::SetUp(_), _) => {
+            Received::Message(ToLauncher::SetUp(_) | ToLauncher::Load { .. }, _) => {
                 Err(io::Error::other("the machine was described twice"))
             }
-            Received::Message(ToLauncher::Request { id, request: Request::Fork { name } }, fds) => {
-                let (result, exact) = match copies::fork(&self.machine, name, fds) {
-                    Ok((pid, exact)) => (Ok(Answer::Forked { pid }), Some(exact)),
-                    Err(refusal) => (Err(refusal), None),
-                };
-                let reply = FromLauncher::Reply { id, result };
-                self.channel.send_with(&reply, exact.as_ref().map(AsFd::as_fd))?;
-                Ok(Going::On)
-            }
             Received::Message(ToLauncher::Request { id, request }, fds) => {
-                let result = self.answer(&request, fds)?;
-                self.channel.send(&FromLauncher::Reply { id, result })?;
+                let (result, beside) = self.answer(request, fds)?;
+                let reply = FromLauncher::Reply { id, result };
+                self.channel.send_with(&reply, beside.as_ref().map(AsFd::as_fd))?;
                 Ok(Going::On)
             }
             Received::Message(ToLauncher::Taken { port, listener, streams }, fds) => {
@@ -192,42 +193,44 @@ impl Server {
         }
     }
 
-    /// Does what is asked.
+    /// Does what is asked; gives the answer, with a descriptor where that says so.
     ///
     /// # Errors
     /// Only where the request makes no sense as a packet, or the host fails.
     fn answer(
         &mut self,
-        request: &Request,
+        request: Request,
         fds: Vec<OwnedFd>,
-    ) -> io::Result<Result<Answer, Refusal>> {
-        let stream = match (request, <[OwnedFd; 1]>::try_from(fds)) {
-            (Request::Connect, Ok([stream])) => Some(stream),
-            (Request::Connect, Err(_)) => {
-                return Err(io::Error::other("a connection came without its descriptor"));
-            }
-            (_, Err(fds)) if fds.is_empty() => None,
-            _ => return Err(io::Error::other("a request came with a descriptor")),
-        };
+    ) -> io::Result<(Result<Answer, Refusal>, Option<OwnedFd>)> {
+        let takes = matches!(request, Request::Connect | Request::Capture | Request::Fork { .. });
+        if !takes && !fds.is_empty() {
+            return Err(io::Error::other("a request came with a descriptor"));
+        }
         let done = match request {
-            Request::Status => return Ok(Ok(Answer::Status(self.machine.status()))),
-            Request::Stats => return Ok(Ok(Answer::Stats(self.machine.stats()))),
+            Request::Status => return Ok((Ok(Answer::Status(self.machine.status())), None)),
+            Request::Stats => return Ok((Ok(Answer::Stats(self.machine.stats())), None)),
+            Request::Fork { name } => {
+                return Ok(match copies::fork(&self.machine, name, fds) {
+                    Ok((pid, exact)) => (Ok(Answer::Forked { pid }), Some(exact)),
+                    Err(refusal) => (Err(refusal), None),
+                });
+            }
+            Request::Capture => saving::capture(&self.machine, fds),
             Request::Boot => self.machine.boot(),
             Request::Pause => self.pause()?,
             Request::Resume => self.resume()?,
-            Request::Connect => self.connect(stream),
-            Request::Fork { .. } => Err(Refusal::State(self.machine.status())),
-            &Request::Listen { port, listener, backlog } => {
+            Request::Connect => self.connect(fds)?,
+            Request::Listen { port, listener, backlog } => {
                 let listener = Listener { port, number: listener };
                 self.machine.devices().vsock(|vsock| vsock.listen(listener, backlog));
                 Ok(())
             }
             Request::Unlisten { port } => {
-                self.machine.devices().vsock(|vsock| vsock.unlisten(*port));
+                self.machine.devices().vsock(|vsock| vsock.unlisten(port));
                 Ok(())
             }
         };
-        Ok(done.map(|()| Answer::Done))
+        Ok((done.map(|()| Answer::Done), None))
     }
 
     fn pause(&mut self) -> io::Result<Result<(), Refusal>> {
@@ -249,14 +252,15 @@ impl Server {
         Ok(Ok(()))
     }
 
-    fn connect(&self, stream: Option<OwnedFd>) -> Result<(), Refusal> {
+    fn connect(&self, fds: Vec<OwnedFd>) -> io::Result<Result<(), Refusal>> {
+        let Ok([stream]) = <[OwnedFd; 1]>::try_from(fds) else {
+            return Err(io::Error::other("a connection came without its descriptor"));
+        };
         if self.machine.status() == Status::Paused {
-            return Err(Refusal::State(Status::Paused));
+            return Ok(Err(Refusal::State(Status::Paused)));
         }
-        if let Some(stream) = stream {
-            self.machine.devices().vsock(|vsock| vsock.accept_host(stream));
-        }
-        Ok(())
+        self.machine.devices().vsock(|vsock| vsock.accept_host(stream));
+        Ok(Ok(()))
     }
 }
 

@@ -8,7 +8,7 @@ use rustix::{
 };
 use std::{
     io,
-    os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
 };
 
 /// Which process this is after [`split`].
@@ -61,9 +61,20 @@ pub(super) fn become_launcher(
     tie_life_to(lifeline)?;
     rustix::process::setsid()?;
     dup2_stderr(messages)?;
+    let mut kept = kept.to_vec();
+    kept.push(lifeline.as_fd());
+    keep_only(&kept)
+}
+
+/// Closes all descriptors but the standard ones and those in `kept`.
+///
+/// To be called in a copy whose further code uses no other descriptor.
+///
+/// # Errors
+/// When the kernel is too old for close_range(2).
+pub(super) fn keep_only(kept: &[BorrowedFd<'_>]) -> io::Result<()> {
     let mut kept: Vec<RawFd> = kept.iter().map(AsRawFd::as_raw_fd).collect();
     kept.extend([libc::STDIN_FILENO, libc::STDOUT_FILENO, libc::STDERR_FILENO]);
-    kept.push(lifeline.as_raw_fd());
     kept.sort_unstable();
     for pair in kept.windows(2) {
         close_between(pair[0], pair[1])?;

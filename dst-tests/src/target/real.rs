@@ -16,8 +16,8 @@ use vm_core::{
     env::Env,
     fault::{FaultControl, FaultKind, FaultOrder, FaultRefused},
     machine::{
-        Acceptor, Hypervisor, Link, Machine, MachineError, MachineExit, MachineSpec, MachineStats,
-        MachineStatus, SectionSink, Sections,
+        Acceptor, Captured, Hypervisor, Link, Machine, MachineError, MachineExit, MachineSpec, MachineStats,
+        MachineStatus, Sections,
     },
 };
 use vm_guest_protocol::AGENT_PORT;
@@ -254,7 +254,7 @@ impl Hypervisor for FaultyHypervisor {
         {
             config.root = RootConfig::directory(root);
         }
-        if self.faults.strike(FaultKind::BootPanic, spec.vm).is_some() {
+        if !spec.loads && self.faults.strike(FaultKind::BootPanic, spec.vm).is_some() {
             config.kernel.cmdline = format!("{} {NO_INIT}", config.kernel.cmdline);
         }
         let spec = MachineSpec { config: Arc::new(config), ..spec.clone() };
@@ -347,8 +347,8 @@ impl Machine for FaultyMachine {
         self.inner.listen(port).await
     }
 
-    async fn save(&self, sections: &mut dyn SectionSink) -> Result<(), MachineError> {
-        self.inner.save(sections).await
+    async fn capture(&self) -> Result<Box<dyn Captured>, MachineError> {
+        self.inner.capture().await
     }
 
     async fn load(&self, sections: &Sections) -> Result<(), MachineError> {

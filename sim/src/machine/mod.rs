@@ -23,7 +23,7 @@ use std::{fmt, sync::Arc, time::Duration};
 use vm_core::{
     fault::FaultKind,
     machine::{
-        Acceptor, Hypervisor, Link, Machine, MachineError, MachineExit, MachineSpec, MachineStats,
+        Acceptor, Captured, Hypervisor, Link, Machine, MachineError, MachineExit, MachineSpec, MachineStats,
         MachineStatus, SectionSink, Sections,
     },
 };
@@ -339,7 +339,7 @@ impl Machine for SimMachine {
         Ok(Box::new(self.0.listen(port)?))
     }
 
-    async fn save(&self, sections: &mut dyn SectionSink) -> Result<(), MachineError> {
+    async fn capture(&self) -> Result<Box<dyn Captured>, MachineError> {
         self.control().await;
         drop(self.in_status(MachineStatus::Paused)?);
         if self.0.strike(FaultKind::SaveFail).is_some() {
@@ -352,13 +352,7 @@ impl Machine for SimMachine {
             let guest = state.guest.as_ref().ok_or(MachineError::Ended)?;
             bytes.extend(guest.save().map_err(corrupt)?);
         }
-        sections.begin(SECTION).await?;
-        let mut bytes = Bytes::from(bytes);
-        while !bytes.is_empty() {
-            let piece = bytes.split_to(bytes.len().min(PIECE));
-            sections.write(piece).await?;
-        }
-        Ok(())
+        Ok(Box::new(CapturedGuest(bytes.into())))
     }
 
     async fn load(&self, sections: &Sections) -> Result<(), MachineError> {
@@ -405,6 +399,22 @@ impl Machine for SimMachine {
 
     fn console(&self) -> Bytes {
         self.0.console()
+    }
+}
+
+/// A guest's state as bytes.
+#[derive(Debug)]
+struct CapturedGuest(Bytes);
+
+#[async_trait]
+impl Captured for CapturedGuest {
+    async fn write(&mut self, sections: &mut dyn SectionSink) -> Result<(), MachineError> {
+        sections.begin(SECTION).await?;
+        while !self.0.is_empty() {
+            let piece = self.0.split_to(self.0.len().min(PIECE));
+            sections.write(piece).await?;
+        }
+        Ok(())
     }
 }
 

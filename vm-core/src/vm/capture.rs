@@ -40,7 +40,14 @@ impl Actor {
         let machine = self.machine()?;
         let env = &core.parts.env;
         let id = SnapshotId(env.random_u64());
-        let path = options.path.unwrap_or_else(|| core.parts.snapshot_path(id));
+        let after = core.config.timeouts.capture;
+        let path = match options.path {
+            Some(path) => path,
+            None => match self.drive(reply, after, core.parts.snapshot_path(id)).await {
+                Ok(path) => path?,
+                Err(cut) => return Err(self.give_up(cut).await),
+            },
+        };
         let metadata = SnapshotMetadata {
             id,
             vm: core.id,
@@ -51,7 +58,6 @@ impl Actor {
             memory: core.config.memory,
             label: options.label,
         };
-        let after = core.config.timeouts.capture;
         let mut writer = {
             let created = ContainerWriter::create(core.parts.fs.clone(), &path, env.random_u64());
             match self.drive(reply, after, created).await {
@@ -64,13 +70,17 @@ impl Actor {
         if was_running {
             self.hold().await?;
         }
-        let saved = self.drive(reply, after, machine.save(&mut writer)).await;
-        if was_running && !matches!(saved, Err(Cut::Exited(_) | Cut::Preempted)) {
+        let captured = self.drive(reply, after, machine.capture()).await;
+        if was_running && !matches!(captured, Err(Cut::Exited(_) | Cut::Preempted)) {
             self.let_go().await?;
         }
         core.took("paused for a snapshot", core.now().saturating_sub(held_at));
-        match saved {
-            Ok(saved) => saved?,
+        let mut captured = match captured {
+            Ok(captured) => captured?,
+            Err(cut) => return Err(self.give_up(cut).await),
+        };
+        match self.drive(reply, after, captured.write(&mut writer)).await {
+            Ok(written) => written?,
             Err(cut) => return Err(self.give_up(cut).await),
         }
         let (config, fits) = ((*core.config).clone(), compatibility(&core));
@@ -121,7 +131,12 @@ impl Actor {
             (0..options.count).map(|_| CoreVm::create(&core.parts, core.config.clone())).collect();
         let specs: Vec<_> = children
             .iter()
-            .map(|child| MachineSpec { vm: child.core().id, life: 1, config: core.config.clone() })
+            .map(|child| MachineSpec {
+                vm: child.core().id,
+                life: 1,
+                config: core.config.clone(),
+                loads: false,
+            })
             .collect();
         let was_running = core.lock().state == VmState::Running;
         let held_at = core.now();

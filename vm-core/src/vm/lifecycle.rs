@@ -125,7 +125,8 @@ impl Actor {
         let (machine, sections) = match origin {
             Origin::Forked(machine) => (machine, None),
             Origin::Boot | Origin::Load(_) => {
-                let spec = MachineSpec { vm: core.id, life, config: core.config.clone() };
+                let loads = !boots;
+                let spec = MachineSpec { vm: core.id, life, config: core.config.clone(), loads };
                 let made = core.parts.hypervisor.create(&spec);
                 let made = self.drive(reply, left(&core), made).await;
                 let machine = flatten(made).map_err(at(BootStage::Machine))?;

@@ -19,7 +19,7 @@ use vm_core::{
     env::TokioEnv,
     host_fs::StdFs,
     machine::{
-        Acceptor, Hypervisor, Link, Machine, MachineError, MachineExit, MachineSpec, MachineStats,
+        Acceptor, Captured, Hypervisor, Link, Machine, MachineError, MachineExit, MachineSpec, MachineStats,
         MachineStatus, SectionSink, Sections,
     },
     observe::NoObserver,
@@ -156,6 +156,17 @@ impl IllMachine {
     }
 }
 
+/// A state without sections.
+#[derive(Debug)]
+struct Nothing;
+
+#[async_trait]
+impl Captured for Nothing {
+    async fn write(&mut self, _: &mut dyn SectionSink) -> Result<(), MachineError> {
+        Ok(())
+    }
+}
+
 #[async_trait]
 impl Machine for IllMachine {
     async fn boot(&self) -> Result<(), MachineError> {
@@ -217,8 +228,9 @@ impl Machine for IllMachine {
         }
     }
 
-    async fn save(&self, _: &mut dyn SectionSink) -> Result<(), MachineError> {
-        self.obey(MachineStatus::Paused).await
+    async fn capture(&self) -> Result<Box<dyn Captured>, MachineError> {
+        self.obey(MachineStatus::Paused).await?;
+        Ok(Box::new(Nothing))
     }
 
     async fn load(&self, _: &Sections) -> Result<(), MachineError> {

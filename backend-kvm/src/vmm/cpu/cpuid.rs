@@ -41,6 +41,56 @@ const AMD_CORE_COUNT: u32 = 1 << 1;
 /// Leaf 0x80000007, EDX: the time stamp counter runs always and evenly.
 const INVARIANT_TSC: u32 = 1 << 8;
 
+/// Where features stand that a guest finds by CPUID: leaf, index, register, the bits that follow what the guest does or
+/// how many vCPUs there are, and names of some (Intel's manual, volume 2, CPUID; AMD's, volume 3, appendix E).
+const FEATURE_WORDS: &[FeatureWord] = &[
+    (
+        1,
+        0,
+        "ecx",
+        1 << 27 | HYPERVISOR,
+        &[(0, "sse3"), (12, "fma"), (19, "sse4.1"), (20, "sse4.2"), (28, "avx")],
+    ),
+    (1, 0, "edx", HYPER_THREADING, &[(25, "sse"), (26, "sse2")]),
+    (7, 0, "ebx", 0, &[(3, "bmi1"), (5, "avx2"), (8, "bmi2"), (16, "avx512f"), (29, "sha")]),
+    (7, 0, "ecx", 1 << 4, &[(3, "pku"), (9, "vaes"), (16, "la57")]),
+    (7, 0, "edx", 0, &[(22, "amx-bf16"), (24, "amx-tile")]),
+    (7, 1, "eax", 0, &[(4, "avx-vnni"), (5, "avx512-bf16")]),
+    (0xd, 1, "eax", 0, &[(0, "xsaveopt"), (1, "xsavec"), (3, "xsaves")]),
+    (AMD_FEATURES, 0, "ecx", AMD_CORE_COUNT, &[(6, "sse4a")]),
+    (AMD_FEATURES, 0, "edx", 0, &[(26, "1 GiB pages"), (27, "rdtscp")]),
+    (AMD_SIZES, 0, "ebx", 0, &[(0, "clzero")]),
+];
+
+type FeatureWord = (u32, u32, &'static str, u32, &'static [(u32, &'static str)]);
+
+/// Names the first feature that is in `there` and not in `here`.
+pub(super) fn missing_feature(
+    there: &[kvm_cpuid_entry2],
+    here: &[kvm_cpuid_entry2],
+) -> Option<String> {
+    let word = |entries: &[kvm_cpuid_entry2], leaf, index, register| {
+        let entry = entries.iter().find(|entry| entry.function == leaf && entry.index == index);
+        entry.map_or(0, |entry| match register {
+            "eax" => entry.eax,
+            "ebx" => entry.ebx,
+            "ecx" => entry.ecx,
+            _ => entry.edx,
+        })
+    };
+    FEATURE_WORDS.iter().find_map(|&(leaf, index, register, ignored, names)| {
+        let missing = word(there, leaf, index, register) & !word(here, leaf, index, register);
+        let missing = missing & !ignored;
+        if missing == 0 {
+            return None;
+        }
+        let bit = missing.trailing_zeros();
+        let place = format!("CPUID {leaf:#x}.{index} {register} bit {bit}");
+        let name = names.iter().find(|(known, _)| *known == bit);
+        Some(name.map_or_else(|| place.clone(), |(_, name)| format!("{name} ({place})")))
+    })
+}
+
 impl Model {
     /// Asks KVM what it supports.
     ///

@@ -1,10 +1,11 @@
 //! [`VcpuState`]: a vCPU as plain data.
 #![allow(unsafe_code)]
 
+use super::cpuid::missing_feature;
 use crate::control::Refusal;
 use crate::vmm::refuse::kvm_failed;
 use kvm_bindings::{
-    KVM_MAX_CPUID_ENTRIES, Msrs, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state,
+    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state,
     kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
@@ -79,13 +80,28 @@ impl VcpuState {
         Ok(Self { cpuid, mp_state, regs, sregs, xsave, xcrs, debug, lapic, msrs, events })
     }
 
+    /// Checks that a processor like `here` has every feature that this one has.
+    ///
+    /// # Errors
+    /// [`Refusal::Incompatible`] naming the first that is missing.
+    pub(in crate::vmm) fn check(&self, here: &CpuId) -> Result<(), Refusal> {
+        match missing_feature(&self.cpuid, here.as_slice()) {
+            None => Ok(()),
+            Some(feature) => Err(Refusal::Incompatible {
+                field: "cpu".to_owned(),
+                found: format!("a processor with {feature}"),
+                wanted: "features that this host's processor has".to_owned(),
+            }),
+        }
+    }
+
     /// Puts the state into a vCPU that never ran. Events come last but for the clock's, because setting registers clears
     /// pending ones; the local APIC comes before the MSRs, one of which is its timer's.
     ///
     /// # Errors
     /// When KVM refuses.
     pub(in crate::vmm) fn restore(&self, vcpu: &VcpuFd, kinds: &StateKinds) -> Result<(), Refusal> {
-        let cpuid = kvm_bindings::CpuId::from_entries(&self.cpuid)
+        let cpuid = CpuId::from_entries(&self.cpuid)
             .map_err(|error| Refusal::Failed(format!("saved CPUID: {error:?}")))?;
         vcpu.set_cpuid2(&cpuid).map_err(kvm_failed("KVM_SET_CPUID2"))?;
         vcpu.set_mp_state(self.mp_state).map_err(kvm_failed("KVM_SET_MP_STATE"))?;
