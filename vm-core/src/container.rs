@@ -4,7 +4,7 @@
 //! header    64 bytes  magic, format, hash of both
 //! sections            one after the other; one of a page or more begins on a page boundary, after zeros
 //! manifest            JSON: metadata, compatibility, configuration; name, place and hash of every section
-//! trailer   96 bytes  magic, total length, place and hash of the manifest, hash of all that
+//! trailer   64 bytes  magic, total length, place and hash of the manifest, hash of all that
 //! ```
 //!
 //! What is read is checked from the outside inwards, and nothing is decoded before its hash held: header, trailer,
@@ -25,13 +25,15 @@ use bytes::Bytes;
 use std::{io, path::Path, sync::Arc};
 use vm_trait::VmErrorKind;
 
+mod hash;
 mod layout;
 mod manifest;
 mod temp_file;
 mod verify;
 mod writer;
 
-pub use manifest::{Compatibility, Manifest, SectionEntry, SectionHash};
+pub use hash::Hash;
+pub use manifest::{Compatibility, Manifest, SectionEntry};
 pub use verify::verify_bytes;
 pub use writer::ContainerWriter;
 

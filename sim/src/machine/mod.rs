@@ -23,8 +23,8 @@ use std::{fmt, sync::Arc, time::Duration};
 use vm_core::{
     fault::FaultKind,
     machine::{
-        Acceptor, Captured, Hypervisor, Link, Machine, MachineError, MachineExit, MachineSpec, MachineStats,
-        MachineStatus, SectionSink, Sections,
+        Acceptor, Captured, Hypervisor, Link, Machine, MachineError, MachineExit, MachineSpec,
+        MachineStats, MachineStatus, SectionSink, Sections,
     },
 };
 use vm_guest_protocol::AGENT_PORT;

@@ -1,25 +1,26 @@
 //! The fixed parts of a container: header, trailer, and where sections stand.
 
-use super::{ContainerError, FORMAT};
+use super::{
+    ContainerError, FORMAT,
+    hash::{HASH_LEN, Hash},
+};
 
 const HEADER_MAGIC: &[u8; 16] = b"\x89twinvm snap\r\n\x1a\n";
 const TRAILER_MAGIC: &[u8; 8] = b"twinvm.\n";
 
 pub(super) const HEADER_LEN: usize = 64;
-pub(super) const TRAILER_LEN: usize = 96;
+pub(super) const TRAILER_LEN: usize = 64;
 
 /// Sections of this length or more begin at a multiple of it, so that they can be mapped.
 pub(super) const PAGE: u64 = 4096;
-
-const HASH_LEN: usize = 32;
 
 /// Gives the header: magic, format, zeros, hash of these.
 pub(super) fn header(format: u32) -> [u8; HEADER_LEN] {
     let mut bytes = [0; HEADER_LEN];
     bytes[..16].copy_from_slice(HEADER_MAGIC);
     bytes[16..20].copy_from_slice(&format.to_le_bytes());
-    let hash = blake3::hash(&bytes[..HEADER_LEN - HASH_LEN]);
-    bytes[HEADER_LEN - HASH_LEN..].copy_from_slice(hash.as_bytes());
+    let hash = Hash::of(&bytes[..HEADER_LEN - HASH_LEN]);
+    bytes[HEADER_LEN - HASH_LEN..].copy_from_slice(&hash.to_bytes());
     bytes
 }
 
@@ -29,7 +30,7 @@ pub(super) fn check_header(bytes: &[u8; HEADER_LEN]) -> Result<(), ContainerErro
         return Err(corrupt("this is not a snapshot"));
     }
     let (fields, hash) = bytes.split_at(HEADER_LEN - HASH_LEN);
-    if blake3::hash(fields).as_bytes() != hash {
+    if Hash::of(fields).to_bytes() != *hash {
         return Err(corrupt("the header's hash does not hold"));
     }
     let format = u32::from_le_bytes([fields[16], fields[17], fields[18], fields[19]]);
@@ -52,7 +53,7 @@ pub(super) struct Trailer {
     pub(super) total_length: u64,
     pub(super) manifest_offset: u64,
     pub(super) manifest_length: u64,
-    pub(super) manifest_hash: [u8; HASH_LEN],
+    pub(super) manifest_hash: Hash,
 }
 
 impl Trailer {
@@ -62,9 +63,9 @@ impl Trailer {
         bytes[8..16].copy_from_slice(&self.total_length.to_le_bytes());
         bytes[16..24].copy_from_slice(&self.manifest_offset.to_le_bytes());
         bytes[24..32].copy_from_slice(&self.manifest_length.to_le_bytes());
-        bytes[32..64].copy_from_slice(&self.manifest_hash);
-        let hash = blake3::hash(&bytes[..64]);
-        bytes[64..].copy_from_slice(hash.as_bytes());
+        bytes[32..48].copy_from_slice(&self.manifest_hash.to_bytes());
+        let hash = Hash::of(&bytes[..48]);
+        bytes[48..].copy_from_slice(&hash.to_bytes());
         bytes
     }
 
@@ -74,7 +75,7 @@ impl Trailer {
         total_length: u64,
     ) -> Result<Self, ContainerError> {
         let (fields, hash) = bytes.split_at(TRAILER_LEN - HASH_LEN);
-        if blake3::hash(fields).as_bytes() != hash || !fields.starts_with(TRAILER_MAGIC) {
+        if Hash::of(fields).to_bytes() != *hash || !fields.starts_with(TRAILER_MAGIC) {
             return Err(corrupt("the trailer's hash does not hold; the file may be cut short"));
         }
         let number = |at: usize| {
@@ -83,12 +84,12 @@ impl Trailer {
             u64::from_le_bytes(le)
         };
         let mut manifest_hash = [0; HASH_LEN];
-        manifest_hash.copy_from_slice(&fields[32..64]);
+        manifest_hash.copy_from_slice(&fields[32..48]);
         let trailer = Self {
             total_length: number(8),
             manifest_offset: number(16),
             manifest_length: number(24),
-            manifest_hash,
+            manifest_hash: Hash::from_bytes(manifest_hash),
         };
         if trailer.total_length != total_length {
             return Err(ContainerError::Corrupt(format!(

@@ -1,8 +1,8 @@
 //! What a container says of itself.
 
-use super::ContainerError;
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
-use std::{borrow::Cow, fmt};
+use super::{ContainerError, Hash};
+use serde::{Deserialize, Serialize};
+use std::fmt;
 use vm_trait::{Mib, SnapshotMetadata, VmConfig};
 
 /// The contents of a container. Fields that a reader does not know are ignored; one that it must know needs another
@@ -46,12 +46,8 @@ pub struct SectionEntry {
     /// How long it is.
     pub length: u64,
     /// The hash of its bytes.
-    pub hash: SectionHash,
+    pub hash: Hash,
 }
-
-/// A BLAKE3 hash; hexadecimal digits where it is written as text.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub struct SectionHash(pub [u8; 32]);
 
 impl Compatibility {
     /// Compares with what is `wanted` here, field by field.
@@ -78,36 +74,5 @@ impl Compatibility {
         same("vcpus", &self.vcpus, &wanted.vcpus)?;
         same("memory", &self.memory, &wanted.memory)?;
         same("agent_protocol", &self.agent_protocol, &wanted.agent_protocol)
-    }
-}
-
-impl From<blake3::Hash> for SectionHash {
-    fn from(hash: blake3::Hash) -> Self {
-        Self(hash.into())
-    }
-}
-
-impl fmt::Display for SectionHash {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&blake3::Hash::from(self.0).to_hex())
-    }
-}
-
-impl fmt::Debug for SectionHash {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
-impl Serialize for SectionHash {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&blake3::Hash::from(self.0).to_hex())
-    }
-}
-
-impl<'de> Deserialize<'de> for SectionHash {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = Cow::<str>::deserialize(deserializer)?;
-        blake3::Hash::from_hex(text.as_bytes()).map(Self::from).map_err(de::Error::custom)
     }
 }

@@ -116,7 +116,7 @@ proptest! {
         for (entry, (name, content)) in manifest.sections.iter().zip(sections.iter()) {
             prop_assert_eq!(&entry.name, name);
             prop_assert_eq!(entry.length, content.len() as u64);
-            prop_assert_eq!(entry.hash, blake3::hash(content).into());
+            prop_assert_eq!(entry.hash, Hash::of(content));
             prop_assert!(entry.length < 4096 || entry.offset % 4096 == 0);
             let at = usize::try_from(entry.offset).unwrap();
             prop_assert_eq!(&bytes[at..at + content.len()], content);
@@ -177,7 +177,7 @@ fn assemble(format: u32, body: &[u8], manifest: &[u8]) -> Bytes {
         total_length: (bytes.len() + manifest.len() + layout::TRAILER_LEN) as u64,
         manifest_offset: bytes.len() as u64,
         manifest_length: manifest.len() as u64,
-        manifest_hash: blake3::hash(manifest).into(),
+        manifest_hash: Hash::of(manifest),
     };
     bytes.extend_from_slice(manifest);
     bytes.extend_from_slice(&trailer.encode());

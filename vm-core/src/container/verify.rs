@@ -1,7 +1,9 @@
 //! Reading a container: hash first, then decode.
 
 use super::{
-    ContainerError, FORMAT, MAX_MANIFEST, MAX_SECTION_NAME, MAX_SECTIONS, Manifest, SectionEntry,
+    ContainerError, FORMAT, Hash, MAX_MANIFEST, MAX_SECTION_NAME, MAX_SECTIONS, Manifest,
+    SectionEntry,
+    hash::Hasher,
     layout::{self, HEADER_LEN, TRAILER_LEN, Trailer, corrupt},
 };
 use crate::{
@@ -24,7 +26,7 @@ const HASH_STEP: usize = 8 << 20;
 pub fn verify_bytes(bytes: &Bytes) -> Result<(Manifest, Sections), ContainerError> {
     let (manifest, sections) = verify_frame(bytes)?;
     for (entry, (_, content)) in manifest.sections.iter().zip(&sections.0) {
-        check_hash(entry, blake3::hash(content))?;
+        check_hash(entry, Hash::of(content))?;
     }
     Ok((manifest, sections))
 }
@@ -33,15 +35,15 @@ pub fn verify_bytes(bytes: &Bytes) -> Result<(Manifest, Sections), ContainerErro
 pub(super) async fn verify_in_steps(bytes: &Bytes) -> Result<(Manifest, Sections), ContainerError> {
     let (manifest, sections) = verify_frame(bytes)?;
     for (entry, (_, content)) in manifest.sections.iter().zip(&sections.0) {
-        let mut hasher = blake3::Hasher::new();
+        let mut hasher = Hasher::new();
         hash_in_steps(&mut hasher, content).await;
-        check_hash(entry, hasher.finalize())?;
+        check_hash(entry, hasher.finish())?;
     }
     Ok((manifest, sections))
 }
 
 /// Hashes `bytes` and lets other tasks run in between.
-pub(super) async fn hash_in_steps(hasher: &mut blake3::Hasher, bytes: &[u8]) {
+pub(super) async fn hash_in_steps(hasher: &mut Hasher, bytes: &[u8]) {
     for (index, step) in bytes.chunks(HASH_STEP).enumerate() {
         if index > 0 {
             let mut yielded = false;
@@ -86,7 +88,7 @@ fn verify_frame(bytes: &Bytes) -> Result<(Manifest, Sections), ContainerError> {
         return Err(corrupt("the manifest is too long"));
     }
     let encoded = slice(bytes, trailer.manifest_offset, trailer.manifest_length)?;
-    if blake3::hash(&encoded) != trailer.manifest_hash {
+    if Hash::of(&encoded) != trailer.manifest_hash {
         return Err(corrupt("the manifest's hash does not hold"));
     }
     // Its hash holds, so it is as it was written, by someone who put something else into it.
@@ -132,8 +134,8 @@ fn cut(bytes: &Bytes, entries: &[SectionEntry], end: u64) -> Result<Sections, Co
     Ok(Sections(sections))
 }
 
-fn check_hash(entry: &SectionEntry, hash: blake3::Hash) -> Result<(), ContainerError> {
-    if hash == entry.hash.0 {
+fn check_hash(entry: &SectionEntry, hash: Hash) -> Result<(), ContainerError> {
+    if hash == entry.hash {
         return Ok(());
     }
     Err(ContainerError::Corrupt(format!("the hash of section `{}` does not hold", entry.name)))

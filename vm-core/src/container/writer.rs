@@ -1,8 +1,9 @@
 //! Writing a container, section by section.
 
 use super::{
-    Compatibility, ContainerError, FORMAT, MAX_MANIFEST, MAX_SECTION_NAME, MAX_SECTIONS, Manifest,
-    SectionEntry,
+    Compatibility, ContainerError, FORMAT, Hash, MAX_MANIFEST, MAX_SECTION_NAME, MAX_SECTIONS,
+    Manifest, SectionEntry,
+    hash::Hasher,
     layout::{self, PAGE, TRAILER_LEN, Trailer},
     temp_file::TempFile,
     verify::hash_in_steps,
@@ -38,7 +39,7 @@ pub struct ContainerWriter {
 #[derive(Debug)]
 struct OpenSection {
     name: String,
-    hasher: blake3::Hasher,
+    hasher: Hasher,
     length: u64,
     /// Where it stands; decided once it is a page long, or at its end.
     offset: Option<u64>,
@@ -102,7 +103,7 @@ impl ContainerWriter {
             total_length,
             manifest_offset: self.position,
             manifest_length,
-            manifest_hash: blake3::hash(&manifest).into(),
+            manifest_hash: Hash::of(&manifest),
         };
         self.gathered.extend_from_slice(&manifest);
         self.gathered.extend_from_slice(&trailer.encode());
@@ -139,7 +140,7 @@ impl ContainerWriter {
             name: section.name,
             offset,
             length: section.length,
-            hash: section.hasher.finalize().into(),
+            hash: section.hasher.finish(),
         });
         Ok(())
     }
@@ -174,7 +175,7 @@ impl ContainerWriter {
         }
         self.open = Some(OpenSection {
             name: name.to_owned(),
-            hasher: blake3::Hasher::new(),
+            hasher: Hasher::new(),
             length: 0,
             offset: None,
             held: BytesMut::new(),

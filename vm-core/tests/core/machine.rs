@@ -19,8 +19,8 @@ use vm_core::{
     env::TokioEnv,
     host_fs::StdFs,
     machine::{
-        Acceptor, Captured, Hypervisor, Link, Machine, MachineError, MachineExit, MachineSpec, MachineStats,
-        MachineStatus, SectionSink, Sections,
+        Acceptor, Captured, Hypervisor, Link, Machine, MachineError, MachineExit, MachineSpec,
+        MachineStats, MachineStatus, SectionSink, Sections,
     },
     observe::NoObserver,
 };
