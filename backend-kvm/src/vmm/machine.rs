@@ -45,7 +45,6 @@ pub(super) struct Machine {
     clock: kvm_clock_data,
     bus: Arc<Bus>,
     kinds: StateKinds,
-    model: Model,
     set_up: MachineSetUp,
     /// The disks' files, which the devices have too.
     disks: Vec<File>,
@@ -202,7 +201,6 @@ impl Machine {
             clock: kvm_clock_data::default(),
             bus,
             kinds,
-            model,
             set_up: set_up.clone(),
             disks,
             vm,
@@ -288,9 +286,6 @@ impl Machine {
             let reason =
                 format!("{} were saved, {} are here", state.vcpus.len(), self.set_up.vcpus);
             return Err(config("vcpus", reason));
-        }
-        for (id, state) in (0..).zip(&state.vcpus) {
-            state.check(&self.model.of_vcpu(id))?;
         }
         let mut states = state.vcpus.iter();
         self.vcpus.each(|_, vcpu| {
@@ -400,20 +395,19 @@ impl Loaded {
 
 impl Outside {
     /// Takes the last descriptors of a set-up in their order.
-    fn take_apart(
-        set_up: &MachineSetUp,
-        mut fds: impl Iterator<Item = File>,
-    ) -> Result<Self, Refusal> {
+    fn take_apart(set_up: &MachineSetUp, fds: impl Iterator<Item = File>) -> Result<Self, Refusal> {
+        let fds: Vec<_> = fds.collect();
+        let expected = 1 + usize::from(set_up.console_file) + set_up.disks.len();
+        if fds.len() != expected {
+            let reason = format!("{} came for console and disks, not {expected}", fds.len());
+            return Err(config("descriptors", reason));
+        }
+        let mut fds = fds.into_iter();
         let ring = next(&mut fds)?;
         check_ring(&ring, set_up.console_ring_bytes)
             .map_err(|error| config("console_ring_bytes", error.to_string()))?;
         let log = if set_up.console_file { Some(next(&mut fds)?) } else { None };
-        let disks: Vec<_> = fds.collect();
-        if disks.len() != set_up.disks.len() {
-            let reason = format!("{} came for {} disks", disks.len(), set_up.disks.len());
-            return Err(config("descriptors", reason));
-        }
-        Ok(Self { ring, log, disks })
+        Ok(Self { ring, log, disks: fds.collect() })
     }
 }
 

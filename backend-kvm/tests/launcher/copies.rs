@@ -92,7 +92,7 @@ impl Copy {
 }
 
 /// Starts a machine that counts, lets it come some way, and pauses it; gives how far it came.
-fn counting() -> (Owner, Parts, u8) {
+pub(crate) fn counting() -> (Owner, Parts, u8) {
     let parts = Parts::new(&Code::default().count_for_ever(COUNTER, 2000).elf());
     let mut owner = Owner::start(&launcher());
     owner.set_up(&parts).unwrap();
@@ -104,7 +104,7 @@ fn counting() -> (Owner, Parts, u8) {
 }
 
 /// Waits until a console says something, and checks that it counts on from `before` without a gap.
-fn counts_on(parts: &Parts, before: u8, said: usize) {
+pub(crate) fn counts_on(parts: &Parts, before: u8, said: usize) {
     let bytes = until("a count", || {
         let (count, bytes) = parts.console();
         (count > said as u64 + 3).then_some(bytes)

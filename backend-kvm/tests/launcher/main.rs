@@ -9,6 +9,7 @@ mod hostile;
 mod life;
 mod machine;
 mod owner;
+mod saved;
 mod vsock;
 
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -28,8 +29,15 @@ fn main() -> ExitCode {
         .into_iter()
         .map(|(name, test)| trial(name, test))
         .collect();
-    for (name, test) in
-        [machine::TESTS, copies::TESTS, vsock::TESTS, life::WITH_KVM, hostile::WITH_KVM].concat()
+    for (name, test) in [
+        machine::TESTS,
+        copies::TESTS,
+        saved::TESTS,
+        vsock::TESTS,
+        life::WITH_KVM,
+        hostile::WITH_KVM,
+    ]
+    .concat()
     {
         trials.push(match &missing {
             None => trial(name, test),

@@ -7,7 +7,7 @@ use std::{
     collections::BTreeMap,
     fs,
     path::Path,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 use vm_backend_kvm::{KvmHypervisor, LauncherProgram};
@@ -15,15 +15,21 @@ use vm_core::{
     backend::{CoreBackend, CoreParts},
     env::TokioEnv,
     host_fs::StdFs,
-    observe::NoObserver,
+    observe::{Observer, Occurrence},
 };
-use vm_trait::{ExecRequest, ForkOptions, RootConfig, VmBackend, VmConfig, VmInstance, VmResult};
+use vm_trait::{
+    ExecRequest, ForkOptions, RestoreOptions, RootConfig, SnapshotOptions, VmBackend, VmConfig,
+    VmId, VmInstance, VmResult,
+};
 
 /// How many round trips the medians of one boot are taken of.
 const ROUND_TRIPS: u32 = 50;
 
 /// How many copies are made of a machine of one boot.
 const FORKS: u32 = 5;
+
+/// How many snapshots are taken of a machine of one boot, each restored once.
+const SNAPSHOTS: u32 = 3;
 
 /// How long what a cycle left may take to go.
 const SETTLING: Duration = Duration::from_secs(10);
@@ -62,6 +68,16 @@ pub struct KvmMeasured {
     pub fork_to_exec_ms: f64,
     /// Memory of a child that is resident and its own alone, the guest's included, in KiB.
     pub child_private_kib: Option<f64>,
+    /// How long the source stood still for a fork, in milliseconds.
+    pub fork_paused_ms: f64,
+    /// From the call of `snapshot` of a running machine to its return, in milliseconds.
+    pub snapshot_ms: f64,
+    /// How long the machine stood still meanwhile, in milliseconds.
+    pub snapshot_paused_ms: f64,
+    /// How long the snapshot's file is, in KiB.
+    pub snapshot_kib: f64,
+    /// From the call of `restore` to the end of the first program of the new machine, in milliseconds.
+    pub restore_to_exec_ms: f64,
     /// How many cycles of create, start and kill there were.
     pub cycles: u32,
     /// What they left in this process and beside it.
@@ -100,6 +116,8 @@ impl KvmBench {
             .enable_all()
             .build()
             .map_err(|error| format!("no tokio runtime: {error}"))?;
+        let stopwatch = Arc::new(Stopwatch::default());
+        let snapshots = tempfile::tempdir().map_err(|error| error.to_string())?;
         runtime.block_on(async {
             let backend = CoreBackend::new(CoreParts {
                 hypervisor: hypervisor.clone(),
@@ -108,41 +126,41 @@ impl KvmBench {
                     let _ = getrandom::fill(bytes);
                 })),
                 fs: Arc::new(StdFs),
-                snapshots: std::env::temp_dir(),
-                observer: Arc::new(NoObserver),
+                snapshots: snapshots.path().to_owned(),
+                observer: stopwatch.clone(),
             });
             let mut config = VmConfig::default();
             config.root = RootConfig::directory(root);
-            self.measure(&hypervisor, &backend, &config, progress).await
+            let bench = Bench { hypervisor: &hypervisor, backend: &backend, stopwatch: &stopwatch };
+            self.measure(&bench, &config, progress).await
         })
     }
 
     async fn measure(
         &self,
-        hypervisor: &KvmHypervisor,
-        backend: &CoreBackend,
+        bench: &Bench<'_>,
         config: &VmConfig,
         progress: &mut dyn FnMut(f64),
     ) -> Result<KvmMeasured, String> {
         let steps = f64::from(self.boots + self.cycles + 1);
         // The kernel and the initial file system are prepared once and for all.
-        boot(hypervisor, backend, config, &mut Samples::default()).await?;
+        bench.boot(config, &mut Samples::default()).await?;
         let mut samples = Samples::default();
         for done in 0..self.boots {
             progress(f64::from(done + 1) / steps);
-            boot(hypervisor, backend, config, &mut samples).await?;
+            bench.boot(config, &mut samples).await?;
         }
         let before = Held::now();
         for done in 0..self.cycles {
             progress(f64::from(self.boots + done + 1) / steps);
-            cycle(backend, config, done).await?;
+            cycle(bench.backend, config, done).await?;
         }
         let left_over = before.left_over().await;
         let median = |what: &str| samples.median(what).unwrap_or(f64::NAN);
         let stages = Self::STAGES.iter().map(|stage| (*stage, median(stage)));
         Ok(KvmMeasured {
             boots: self.boots,
-            launcher: hypervisor.launcher().to_string(),
+            launcher: bench.hypervisor.launcher().to_string(),
             stages_ms: stages.collect(),
             start_ms: median("start"),
             first_exec_ms: median("first_exec"),
@@ -152,6 +170,11 @@ impl KvmBench {
             vmm_resident_kib: samples.median("vmm_resident"),
             fork_to_exec_ms: median("fork_to_exec"),
             child_private_kib: samples.median("child_private"),
+            fork_paused_ms: median("fork_paused"),
+            snapshot_ms: median("snapshot"),
+            snapshot_paused_ms: median("snapshot_paused"),
+            snapshot_kib: median("snapshot_kib"),
+            restore_to_exec_ms: median("restore_to_exec"),
             cycles: self.cycles,
             left_over,
         })
@@ -172,67 +195,107 @@ fn with_launcher_beside(found: Arc<KvmHypervisor>) -> Result<Arc<KvmHypervisor>,
     }
 }
 
-async fn boot(
-    hypervisor: &KvmHypervisor,
-    backend: &CoreBackend,
-    config: &VmConfig,
-    samples: &mut Samples,
-) -> Result<(), String> {
-    let text = |error: vm_trait::VmError| error.to_string();
-    let vm = backend.create(config.clone()).await.map_err(text)?;
-    let began = Instant::now();
-    vm.start().await.map_err(text)?;
-    let (took, ready_at) = (began.elapsed(), monotonic());
-    samples.add("start", millis(took));
-    let began = Instant::now();
-    vm.exec(ExecRequest::new("true")).await.map_err(text)?;
-    samples.add("first_exec", millis(began.elapsed()));
-    let stages = hypervisor.stages(vm.id()).ok_or("the machine is gone")?;
-    samples.add("launcher_spawn", millis(stages.launcher_spawn));
-    samples.add("launcher_hello", millis(stages.launcher_hello));
-    if let Some(setup) = stages.vm_setup {
-        samples.add("vm_setup", millis(setup));
-    }
-    if let (Some(kernel), Some(init_at)) = (stages.kernel_to_init, stages.init_at) {
-        samples.add("kernel_to_init", millis(kernel));
-        samples.add("init_to_ready", millis(ready_at.saturating_sub(init_at)));
-    }
-    for _ in 0..ROUND_TRIPS {
-        let began = Instant::now();
-        vm.exec(ExecRequest::new("true")).await.map_err(text)?;
-        samples.add("exec", millis(began.elapsed()) * 1000.0);
-        samples.add("ping", millis(vm.ping().await.map_err(text)?) * 1000.0);
-    }
-    if let Some(kib) = hypervisor
-        .launcher_pid(vm.id())
-        .and_then(|pid| resident_beside_guest(pid, u64::from(config.memory.0) << 10))
-    {
-        samples.add("vmm_resident", kib);
-    }
-    for _ in 0..FORKS {
-        fork(hypervisor, &*vm, samples).await.map_err(text)?;
-    }
-    vm.kill().await.map_err(text)
+/// What everything is measured with.
+struct Bench<'a> {
+    hypervisor: &'a KvmHypervisor,
+    backend: &'a CoreBackend,
+    stopwatch: &'a Stopwatch,
 }
 
-/// Forks a running machine and runs a program in the child.
-async fn fork(
-    hypervisor: &KvmHypervisor,
-    vm: &dyn VmInstance,
-    samples: &mut Samples,
-) -> VmResult<()> {
-    let began = Instant::now();
-    let children = vm.fork(ForkOptions::new(1)).await?;
-    for child in children {
-        let child = child?;
-        child.exec(ExecRequest::new("true")).await?;
-        samples.add("fork_to_exec", millis(began.elapsed()));
-        if let Some(kib) = hypervisor.launcher_pid(child.id()).and_then(private_kib) {
-            samples.add("child_private", kib);
+impl Bench<'_> {
+    async fn boot(&self, config: &VmConfig, samples: &mut Samples) -> Result<(), String> {
+        let hypervisor = self.hypervisor;
+        let text = |error: vm_trait::VmError| error.to_string();
+        let vm = self.backend.create(config.clone()).await.map_err(text)?;
+        let began = Instant::now();
+        vm.start().await.map_err(text)?;
+        let (took, ready_at) = (began.elapsed(), monotonic());
+        samples.add("start", millis(took));
+        let began = Instant::now();
+        vm.exec(ExecRequest::new("true")).await.map_err(text)?;
+        samples.add("first_exec", millis(began.elapsed()));
+        let stages = hypervisor.stages(vm.id()).ok_or("the machine is gone")?;
+        samples.add("launcher_spawn", millis(stages.launcher_spawn));
+        samples.add("launcher_hello", millis(stages.launcher_hello));
+        if let Some(setup) = stages.vm_setup {
+            samples.add("vm_setup", millis(setup));
         }
-        child.kill().await?;
+        if let (Some(kernel), Some(init_at)) = (stages.kernel_to_init, stages.init_at) {
+            samples.add("kernel_to_init", millis(kernel));
+            samples.add("init_to_ready", millis(ready_at.saturating_sub(init_at)));
+        }
+        for _ in 0..ROUND_TRIPS {
+            let began = Instant::now();
+            vm.exec(ExecRequest::new("true")).await.map_err(text)?;
+            samples.add("exec", millis(began.elapsed()) * 1000.0);
+            samples.add("ping", millis(vm.ping().await.map_err(text)?) * 1000.0);
+        }
+        if let Some(kib) = hypervisor
+            .launcher_pid(vm.id())
+            .and_then(|pid| resident_beside_guest(pid, u64::from(config.memory.0) << 10))
+        {
+            samples.add("vmm_resident", kib);
+        }
+        for _ in 0..FORKS {
+            self.fork(&*vm, samples).await.map_err(text)?;
+        }
+        for _ in 0..SNAPSHOTS {
+            self.snapshot(&*vm, samples).await.map_err(text)?;
+        }
+        vm.kill().await.map_err(text)
     }
-    Ok(())
+
+    /// Forks a running machine and runs a program in the child.
+    async fn fork(&self, vm: &dyn VmInstance, samples: &mut Samples) -> VmResult<()> {
+        let began = Instant::now();
+        let children = vm.fork(ForkOptions::new(1)).await?;
+        samples.add("fork_paused", self.stopwatch.last("paused for a fork"));
+        for child in children {
+            let child = child?;
+            child.exec(ExecRequest::new("true")).await?;
+            samples.add("fork_to_exec", millis(began.elapsed()));
+            if let Some(kib) = self.hypervisor.launcher_pid(child.id()).and_then(private_kib) {
+                samples.add("child_private", kib);
+            }
+            child.kill().await?;
+        }
+        Ok(())
+    }
+
+    /// Captures a running machine, makes another one of the snapshot and runs a program in it.
+    async fn snapshot(&self, vm: &dyn VmInstance, samples: &mut Samples) -> VmResult<()> {
+        let began = Instant::now();
+        let snapshot = vm.snapshot(SnapshotOptions::default()).await?;
+        samples.add("snapshot", millis(began.elapsed()));
+        samples.add("snapshot_paused", self.stopwatch.last("paused for a snapshot"));
+        let length = fs::metadata(&snapshot.path).map_or(0, |about| about.len() >> 10);
+        samples.add("snapshot_kib", f64::from(u32::try_from(length).unwrap_or(u32::MAX)));
+        let began = Instant::now();
+        let restored = self.backend.restore(&snapshot, RestoreOptions::running()).await?;
+        restored.exec(ExecRequest::new("true")).await?;
+        samples.add("restore_to_exec", millis(began.elapsed()));
+        restored.kill().await?;
+        self.backend.delete_snapshot(&snapshot).await
+    }
+}
+
+/// Keeps the last time that each stage took in the core, whichever machine it was of.
+#[derive(Debug, Default)]
+struct Stopwatch(Mutex<BTreeMap<&'static str, Duration>>);
+
+impl Stopwatch {
+    fn last(&self, stage: &str) -> f64 {
+        let times = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        times.get(stage).map_or(f64::NAN, |time| millis(*time))
+    }
+}
+
+impl Observer for Stopwatch {
+    fn record(&self, _: VmId, occurrence: &Occurrence<'_>) {
+        if let Occurrence::Took { stage, duration } = occurrence {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(*stage, *duration);
+        }
+    }
 }
 
 /// Sums up a process's memory that is resident and its own alone, in KiB.

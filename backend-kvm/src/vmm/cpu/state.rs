@@ -80,27 +80,13 @@ impl VcpuState {
         Ok(Self { cpuid, mp_state, regs, sregs, xsave, xcrs, debug, lapic, msrs, events })
     }
 
-    /// Checks that a processor like `here` has every feature that this one has.
-    ///
-    /// # Errors
-    /// [`Refusal::Incompatible`] naming the first that is missing.
-    pub(in crate::vmm) fn check(&self, here: &CpuId) -> Result<(), Refusal> {
-        match missing_feature(&self.cpuid, here.as_slice()) {
-            None => Ok(()),
-            Some(feature) => Err(Refusal::Incompatible {
-                field: "cpu".to_owned(),
-                found: format!("a processor with {feature}"),
-                wanted: "features that this host's processor has".to_owned(),
-            }),
-        }
-    }
-
     /// Puts the state into a vCPU that never ran. Events come last but for the clock's, because setting registers clears
     /// pending ones; the local APIC comes before the MSRs, one of which is its timer's.
     ///
     /// # Errors
-    /// When KVM refuses.
+    /// [`Refusal::Incompatible`] naming the first feature that the processor here lacks, or what KVM refuses.
     pub(in crate::vmm) fn restore(&self, vcpu: &VcpuFd, kinds: &StateKinds) -> Result<(), Refusal> {
+        self.check(vcpu)?;
         let cpuid = CpuId::from_entries(&self.cpuid)
             .map_err(|error| Refusal::Failed(format!("saved CPUID: {error:?}")))?;
         vcpu.set_cpuid2(&cpuid).map_err(kvm_failed("KVM_SET_CPUID2"))?;
@@ -113,6 +99,19 @@ impl VcpuState {
         vcpu.set_lapic(&self.lapic).map_err(kvm_failed("KVM_SET_LAPIC"))?;
         restore_msrs(vcpu, &self.msrs)?;
         vcpu.set_vcpu_events(&self.events).map_err(kvm_failed("KVM_SET_VCPU_EVENTS"))
+    }
+
+    /// Checks that a new vCPU of this host has every feature that this one had.
+    fn check(&self, vcpu: &VcpuFd) -> Result<(), Refusal> {
+        let here = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(kvm_failed("KVM_GET_CPUID2"))?;
+        match missing_feature(&self.cpuid, here.as_slice()) {
+            None => Ok(()),
+            Some(feature) => Err(Refusal::Incompatible {
+                field: "cpu".to_owned(),
+                found: format!("a processor with {feature}"),
+                wanted: "features that this host's processor has".to_owned(),
+            }),
+        }
     }
 }
 

@@ -118,7 +118,12 @@ fn kvm_text(measured: &KvmMeasured) -> String {
         |kib: Option<f64>| kib.map_or_else(|| "unknown".to_owned(), |kib| format!("{kib:.0} KiB"));
     line("VMM memory beside the guest's", kib(measured.vmm_resident_kib));
     line("fork to the child's first exec", format!("{:.1} ms", measured.fork_to_exec_ms));
+    line("source paused for a fork", format!("{:.1} ms", measured.fork_paused_ms));
     line("private memory of a child", kib(measured.child_private_kib));
+    line("snapshot", format!("{:.1} ms", measured.snapshot_ms));
+    line("paused for a snapshot", format!("{:.1} ms", measured.snapshot_paused_ms));
+    line("its file", format!("{:.0} KiB", measured.snapshot_kib));
+    line("restore to the first exec", format!("{:.1} ms", measured.restore_to_exec_ms));
     let left = match measured.left_over.is_empty() {
         true => "nothing".to_owned(),
         false => measured.left_over.join(", "),
