@@ -64,7 +64,8 @@ pub(super) const CLAUSES: &[Clause] = &[
         [Exec, Vsock, Fork], faults: []),
     clause!(restores, "vsock.restore_in_place",
         "a machine that is restored in place has none of the streams and listeners of its life before",
-        [Exec, Vsock, Snapshot, RestoreInPlace], faults: []),
+        [Exec, Vsock, Snapshot, RestoreInPlace], faults: [])
+    .fresh(),
 ];
 
 async fn states(ctx: &Context) -> Verdict {
