@@ -178,3 +178,30 @@ impl Model {
 fn clear(entry: &mut kvm_cpuid_entry2) {
     (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leaf(function: u32, index: u32, ecx: u32, ebx: u32) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 { function, index, ecx, ebx, ..Default::default() }
+    }
+
+    #[test]
+    fn a_missing_feature_is_named() {
+        let there = [leaf(FEATURES, 0, 1 << 12 | 1 << 28, 0), leaf(7, 0, 0, 1 << 5 | 1 << 14)];
+        assert_eq!(missing_feature(&there, &there), None);
+        let named = |here: &[kvm_cpuid_entry2]| missing_feature(&there, here).unwrap();
+        assert_eq!(named(&[there[0]]), "avx2 (CPUID 0x7.0 ebx bit 5)");
+        assert_eq!(named(&[there[0], leaf(7, 0, 0, 1 << 5)]), "CPUID 0x7.0 ebx bit 14");
+        assert_eq!(named(&[there[1]]), "fma (CPUID 0x1.0 ecx bit 12)");
+    }
+
+    #[test]
+    fn more_features_and_those_that_the_guest_switches_are_fine() {
+        let here = [leaf(FEATURES, 0, 1 << 12, 0)];
+        assert_eq!(missing_feature(&[leaf(FEATURES, 0, 0, 0)], &here), None);
+        // OSXSAVE follows what the guest does.
+        assert_eq!(missing_feature(&[leaf(FEATURES, 0, 1 << 27, 0)], &here), None);
+    }
+}
