@@ -1,0 +1,69 @@
+//! A snapshot file that anybody may have written: to the container's reader, and what it lets through to the loader of
+//! simulated guests.
+//!
+//! The first byte says whether the rest is taken as it is, or is a body and a manifest around which header, trailer and
+//! hashes are put that hold, so that the input gets past them.
+#![no_main]
+
+use bytes::Bytes;
+use libfuzzer_sys::fuzz_target;
+use std::sync::Arc;
+use twox_hash::XxHash3_128;
+use vm_core::container::{ContainerError, FORMAT, verify_bytes};
+use vm_sim::guest::{ProgramRegistry, SimOs};
+
+const HEADER: usize = 64;
+const TRAILER: usize = 64;
+const HASH: usize = 16;
+
+fuzz_target!(|input: &[u8]| {
+    let Some((kind, rest)) = input.split_first() else { return };
+    let bytes = if kind & 1 == 0 { rest.to_vec() } else { framed(rest) };
+    let bytes = Bytes::from(bytes);
+    match verify_bytes(&bytes) {
+        Ok((manifest, sections)) => {
+            assert_eq!(manifest.sections.len(), sections.iter().count());
+            let content: usize = sections.iter().map(|(_, content)| content.len()).sum();
+            assert!(content < bytes.len(), "sections that overlap");
+            for (_, content) in sections.iter() {
+                let _ = SimOs::load(content, Arc::new(ProgramRegistry::new()));
+            }
+            // What was read once is read again, and not with a bit more.
+            let mut longer = bytes.to_vec();
+            longer.push(0);
+            assert!(verify_bytes(&longer.into()).is_err());
+        }
+        Err(ContainerError::Corrupt(_) | ContainerError::Incompatible { .. }) => {}
+        Err(other) => panic!("{other:?}"),
+    }
+});
+
+/// Puts header and trailer around a body, whose length the first two bytes say, and a manifest. `%` in the manifest
+/// becomes the hash of the body, which no fuzzer would find.
+fn framed(input: &[u8]) -> Vec<u8> {
+    let Some((length, rest)) = input.split_first_chunk::<2>() else { return Vec::new() };
+    let (body, manifest) = rest.split_at(rest.len().min(u16::from_le_bytes(*length).into()));
+    let digits = format!("{:032x}", XxHash3_128::oneshot(body));
+    let manifest = manifest.split(|byte| *byte == b'%').collect::<Vec<_>>().join(digits.as_bytes());
+    let mut bytes = b"\x89twinvm snap\r\n\x1a\n".to_vec();
+    bytes.extend(FORMAT.to_le_bytes());
+    bytes.resize(HEADER - HASH, 0);
+    seal(&mut bytes, 0);
+    bytes.extend(body);
+    let at = bytes.len();
+    bytes.extend(&manifest);
+    let trailer = bytes.len();
+    bytes.extend(b"twinvm.\n");
+    for number in [trailer + TRAILER, at, manifest.len()] {
+        bytes.extend((number as u64).to_le_bytes());
+    }
+    bytes.extend(XxHash3_128::oneshot(&manifest).to_be_bytes());
+    seal(&mut bytes, trailer);
+    bytes
+}
+
+/// Appends the hash of all from `start` on.
+fn seal(bytes: &mut Vec<u8>, start: usize) {
+    let hash = XxHash3_128::oneshot(&bytes[start..]);
+    bytes.extend(hash.to_be_bytes());
+}
