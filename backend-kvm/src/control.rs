@@ -9,6 +9,7 @@
 //! under numbers that count up; each is answered with [`FromLauncher::Reply`] under the same number, in any order.
 
 use serde::{Deserialize, Serialize};
+use vm_trait::Inspection;
 
 /// The descriptor on which a launcher finds its control socket.
 pub const CONTROL_FD: i32 = 3;
@@ -17,7 +18,7 @@ pub const CONTROL_FD: i32 = 3;
 pub const LIFELINE_FD: i32 = 4;
 
 /// The version of these messages; both sides must have the same.
-pub const CONTROL_VERSION: u32 = 5;
+pub const CONTROL_VERSION: u32 = 6;
 
 /// The largest packet, in bytes.
 pub const MAX_PACKET: usize = 64 << 10;
@@ -111,6 +112,8 @@ pub enum Request {
     Status,
     /// Count.
     Stats,
+    /// Look at the paused machine.
+    Inspect,
     /// Take the descriptor beside this as a host's hybrid vsock connection: it says `CONNECT port\n`, and gets
     /// `OK hostport\n`, or a hang-up where nothing in the guest listens; then bytes flow.
     Connect,
@@ -189,6 +192,8 @@ pub enum Answer {
     Status(Status),
     /// What it counts.
     Stats(Stats),
+    /// What it looks like.
+    Inspection(Box<Inspection>),
     /// The copy was made.
     Forked {
         /// The number of its process.

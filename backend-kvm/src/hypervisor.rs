@@ -54,6 +54,7 @@ const CLAIMS: &[Capability] = &[
     Capability::Fork,
     Capability::Snapshot,
     Capability::RestoreInPlace,
+    Capability::Inspect,
 ];
 
 /// Why machines of this kind cannot be made here.

@@ -30,7 +30,7 @@ use vm_core::machine::{
     Acceptor, Captured, Link, Machine, MachineError, MachineExit, MachineSpec, MachineStats,
     MachineStatus, Sections,
 };
-use vm_trait::VmConfig;
+use vm_trait::{Inspection, VmConfig};
 
 /// How much of a state may wait in the pipe for its reader.
 const PIPE_BYTES: usize = 1 << 20;
@@ -186,6 +186,13 @@ impl Machine for KvmMachine {
             copies.push(self.copy(spec).await);
         }
         copies
+    }
+
+    async fn inspect(&self) -> Result<Inspection, MachineError> {
+        match self.life.request(Request::Inspect, &[]).await? {
+            Answer::Inspection(seen) => Ok(*seen),
+            other => Err(unexpected(&other)),
+        }
     }
 
     async fn stats(&self) -> Result<MachineStats, MachineError> {

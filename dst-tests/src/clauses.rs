@@ -19,6 +19,7 @@ mod files_atomic;
 mod files_names;
 mod fork;
 mod guest_streams;
+mod inspect;
 mod integrity;
 mod leftovers;
 mod lifecycle;
@@ -61,6 +62,7 @@ const GROUPS: &[&[Clause]] = &[
     snapshot_faults::CLAUSES,
     integrity::CLAUSES,
     fork::CLAUSES,
+    inspect::CLAUSES,
     vsock::CLAUSES,
     vsock_life::CLAUSES,
     cancel::CLAUSES,

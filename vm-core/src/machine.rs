@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use std::{fmt, sync::Arc, time::Duration};
 use tokio::io::{AsyncRead, AsyncWrite};
-use vm_trait::{Capabilities, CrashReason, HostLimits, VmConfig, VmId};
+use vm_trait::{Capabilities, CrashReason, HostLimits, Inspection, VmConfig, VmId};
 
 /// Makes machines of one kind.
 #[async_trait]
@@ -124,6 +124,14 @@ pub trait Machine: Send + Sync + fmt::Debug {
     /// Makes copies of a paused machine, one for each spec, each paused, with none of the connections of this one,
     /// and with private disks.
     async fn fork(&self, specs: &[MachineSpec]) -> Vec<Result<Arc<dyn Machine>, MachineError>>;
+
+    /// Looks at a paused machine from outside.
+    ///
+    /// # Errors
+    /// [`MachineError::Unsupported`], or when the machine does not answer.
+    async fn inspect(&self) -> Result<Inspection, MachineError> {
+        Err(MachineError::Unsupported("inspect".to_owned()))
+    }
 
     /// Gives what can be counted.
     ///

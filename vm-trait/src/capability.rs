@@ -44,6 +44,8 @@ pub enum Capability {
     Kernel,
     /// The console also goes to a host file: [`VmConfig::console_file`](crate::VmConfig::console_file).
     ConsoleFile,
+    /// `inspect`.
+    Inspect,
 }
 
 impl Capability {
@@ -65,6 +67,7 @@ impl Capability {
         Self::Root,
         Self::Kernel,
         Self::ConsoleFile,
+        Self::Inspect,
     ];
 
     /// Names the capability as reports do, in snake case.
@@ -87,6 +90,7 @@ impl Capability {
             Self::Root => "root",
             Self::Kernel => "kernel",
             Self::ConsoleFile => "console_file",
+            Self::Inspect => "inspect",
         }
     }
 }

@@ -8,6 +8,7 @@ use crate::{
     exec::{ExecOutput, ExecRequest, GuestProcess, OutputOffsets, ProcessId, ProcessInfo, Signal},
     file::{CreateDirOptions, DirEntry, FileStat, RemoveOptions, WriteOptions},
     id::VmId,
+    inspection::Inspection,
     metrics::VmMetrics,
     snapshot::{RestoreOptions, Snapshot, SnapshotOptions},
     state::{CrashReason, VmState},
@@ -365,6 +366,32 @@ pub trait VmInstance: Send + Sync + fmt::Debug {
     /// # }
     /// ```
     async fn fork(&self, options: ForkOptions) -> VmResult<Vec<VmResult<Arc<dyn VmInstance>>>>;
+
+    /// Looks at the machine from outside: registers, exits, memory. Allowed in Paused; nothing changes.
+    ///
+    /// # Errors
+    /// [`Unsupported`](crate::VmErrorKind::Unsupported) without [`Capability::Inspect`](crate::Capability::Inspect), and
+    /// the common ones.
+    ///
+    /// ```
+    /// # use vm_sim::SimBackend;
+    /// # use vm_trait::*;
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() -> VmResult<()> {
+    /// # let backend = SimBackend::builder().seed(1).build().expect("inside a runtime");
+    /// # let vm = backend.create(VmConfig::default()).await?;
+    /// # vm.start().await?;
+    /// vm.pause().await?;
+    /// let seen = vm.inspect().await?;
+    /// assert_eq!(seen.vcpus.len(), usize::from(vm.config().vcpus));
+    /// # Ok(())
+    /// # }
+    /// ```
+    async fn inspect(&self) -> VmResult<Inspection> {
+        let what = crate::Capability::Inspect.name().to_owned();
+        let kind = crate::VmErrorKind::Unsupported { what };
+        Err(crate::VmError::new(crate::Operation::Inspect, kind).with_vm(self.id()))
+    }
 
     /// Gives the counters that the backend has.
     ///

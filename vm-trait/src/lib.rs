@@ -32,6 +32,7 @@ pub mod exec;
 pub mod ext;
 pub mod file;
 pub mod id;
+mod inspection;
 pub mod instance;
 pub mod metrics;
 pub mod snapshot;
@@ -53,6 +54,7 @@ pub use exec::{
 pub use ext::VmInstanceExt;
 pub use file::{CreateDirOptions, DirEntry, FileKind, FileStat, RemoveOptions, WriteOptions};
 pub use id::{SnapshotId, VmId};
+pub use inspection::{Inspection, MemoryRegion, VcpuInspection};
 pub use instance::{ForkOptions, StopOptions, VmExit, VmInstance};
 pub use metrics::{BootTimes, VmMetrics};
 pub use snapshot::{RestoreOptions, Snapshot, SnapshotMetadata, SnapshotOptions};

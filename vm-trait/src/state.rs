@@ -83,6 +83,7 @@ pub enum Operation {
     Snapshot,
     Restore,
     Fork,
+    Inspect,
     Metrics,
     ImportSnapshot,
     ExportSnapshot,
@@ -117,6 +118,7 @@ impl Operation {
         Self::Snapshot,
         Self::Restore,
         Self::Fork,
+        Self::Inspect,
         Self::Metrics,
         Self::ImportSnapshot,
         Self::ExportSnapshot,
@@ -152,6 +154,7 @@ impl Operation {
             Self::Snapshot => "snapshot",
             Self::Restore => "restore",
             Self::Fork => "fork",
+            Self::Inspect => "inspect",
             Self::Metrics => "metrics",
             Self::ImportSnapshot => "import_snapshot",
             Self::ExportSnapshot => "export_snapshot",
@@ -236,7 +239,7 @@ impl VmState {
             Operation::Pause | Operation::Connect | Operation::Listen => {
                 matches!(self, Self::Running)
             }
-            Operation::Resume => matches!(self, Self::Paused),
+            Operation::Resume | Operation::Inspect => matches!(self, Self::Paused),
             Operation::Snapshot | Operation::Fork => matches!(self, Self::Running | Self::Paused),
             op if op.needs_guest() => matches!(self, Self::Running),
             _ => true,
@@ -368,6 +371,7 @@ mod tests {
         (Operation::Snapshot, "..yy..."),
         (Operation::Restore, "y....yy"),
         (Operation::Fork, "..yy..."),
+        (Operation::Inspect, "...y..."),
         (Operation::Metrics, "yyyyyyy"),
         (Operation::ImportSnapshot, "yyyyyyy"),
         (Operation::ExportSnapshot, "yyyyyyy"),

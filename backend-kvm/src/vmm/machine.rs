@@ -5,7 +5,7 @@ use super::{
     bus::Bus,
     channel::Channel,
     console::{Console, check_ring},
-    cpu::{Model, StateKinds, VcpuState, enter_kernel, prepare_all, write_tables},
+    cpu::{Model, StateKinds, VcpuState, enter_kernel, prepare_all, registers_of, write_tables},
     devices::{DeviceSetUp, Devices, DevicesState, event},
     flush::FlushTimer,
     layout::{IDENTITY_MAP, SERIAL_LINE, TSS},
@@ -31,6 +31,8 @@ use std::{
     sync::{Arc, Mutex},
     time::Duration,
 };
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+use vm_trait::{Inspection, MemoryRegion, VcpuInspection};
 
 /// A guest with all it has.
 #[derive(Debug)]
@@ -299,6 +301,25 @@ impl Machine {
         }
         self.bus.ports(|ports| ports.restore(&state.ports))?;
         self.devices.restore(&state.devices)
+    }
+
+    /// Looks at the machine from outside.
+    ///
+    /// # Errors
+    /// [`Refusal::State`] unless the machine is paused, or KVM's.
+    pub(super) fn inspect(&self) -> Result<Inspection, Refusal> {
+        self.must_be(Status::Paused)?;
+        let mut vcpus = Vec::new();
+        self.vcpus.each(|id, vcpu| {
+            let (last_exit, exits) = self.vcpus.exits_of(id);
+            vcpus.push(VcpuInspection::new(registers_of(vcpu)?, last_exit, exits));
+            Ok::<_, Refusal>(())
+        })?;
+        let region = |region: &GuestRegionMmap| MemoryRegion {
+            start: region.start_addr().0,
+            bytes: region.len(),
+        };
+        Ok(Inspection::new(vcpus, self.memory.memory.iter().map(region).collect()))
     }
 
     /// Gives the memory, for a copy of this process.

@@ -209,6 +209,10 @@ impl Server {
         let done = match request {
             Request::Status => return Ok((Ok(Answer::Status(self.machine.status())), None)),
             Request::Stats => return Ok((Ok(Answer::Stats(self.machine.stats())), None)),
+            Request::Inspect => {
+                let seen = self.machine.inspect();
+                return Ok((seen.map(|seen| Answer::Inspection(Box::new(seen))), None));
+            }
             Request::Fork { name } => {
                 return Ok(match copies::fork(&self.machine, name, fds) {
                     Ok((pid, exact)) => (Ok(Answer::Forked { pid }), Some(exact)),

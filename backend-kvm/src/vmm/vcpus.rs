@@ -11,9 +11,10 @@ use crate::control::Refusal;
 use crate::sync::lock;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc, Condvar, Mutex,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -77,7 +78,7 @@ pub(super) struct Vcpus {
 struct Thread {
     handle: JoinHandle<()>,
     vcpu: Arc<Mutex<VcpuFd>>,
-    exits: Arc<AtomicU64>,
+    exits: Arc<Exits>,
 }
 
 impl Vcpus {
@@ -94,7 +95,7 @@ impl Vcpus {
         let mut threads = Vec::with_capacity(vcpus.len());
         for (id, vcpu) in vcpus.into_iter().enumerate() {
             let vcpu = Arc::new(Mutex::new(vcpu));
-            let exits = Arc::new(AtomicU64::new(0));
+            let exits = Arc::new(Exits::default());
             let runner = Runner {
                 id,
                 vcpu: vcpu.clone(),
@@ -173,7 +174,12 @@ impl Vcpus {
 
     /// Counts how often a vCPU came back from the guest.
     pub(super) fn exits(&self) -> u64 {
-        self.threads.iter().map(|thread| thread.exits.load(Ordering::Relaxed)).sum()
+        self.threads.iter().map(|thread| thread.exits.all()).sum()
+    }
+
+    /// Says why a vCPU last came back, and how often for each reason.
+    pub(super) fn exits_of(&self, id: usize) -> (Option<String>, BTreeMap<String, u64>) {
+        self.threads.get(id).map_or_else(Default::default, |thread| thread.exits.named())
     }
 }
 
@@ -234,7 +240,7 @@ impl Gate {
 struct Runner {
     id: usize,
     vcpu: Arc<Mutex<VcpuFd>>,
-    exits: Arc<AtomicU64>,
+    exits: Arc<Exits>,
     gate: Arc<Gate>,
     bus: Arc<Bus>,
     outcome: Arc<Outcome>,
@@ -283,7 +289,7 @@ impl Runner {
 
     fn enter(&self, vcpu: &mut VcpuFd) -> Next {
         let exit = vcpu.run();
-        self.exits.fetch_add(1, Ordering::Relaxed);
+        self.exits.note(exit_number(&exit));
         let failure = match exit {
             Ok(VcpuExit::IoOut(port, data)) => {
                 return self.bus.port_written(port, data).map_or(Next::Enter, Next::End);
@@ -313,6 +319,50 @@ impl Runner {
             Err(error) => format!("KVM_RUN: {error}"),
         };
         Next::End(Stopped::Failed(format!("vCPU {}: {failure}{}", self.id, place(vcpu))))
+    }
+}
+
+/// Why vCPUs come back; the place in this list is the exit's number.
+const EXITS: [&str; 7] =
+    ["io_out", "io_in", "mmio_write", "mmio_read", "interrupted", "shutdown", "other"];
+
+fn exit_number(exit: &Result<VcpuExit<'_>, kvm_ioctls::Error>) -> usize {
+    match exit {
+        Ok(VcpuExit::IoOut(..)) => 0,
+        Ok(VcpuExit::IoIn(..)) => 1,
+        Ok(VcpuExit::MmioWrite(..)) => 2,
+        Ok(VcpuExit::MmioRead(..)) => 3,
+        Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) | Err(_) => 4,
+        Ok(VcpuExit::Shutdown) => 5,
+        Ok(_) => 6,
+    }
+}
+
+/// How often a vCPU came back, by the exit's number, and the last of them.
+#[derive(Debug, Default)]
+struct Exits {
+    counts: [AtomicU64; EXITS.len()],
+    /// The last one's number plus one.
+    last: AtomicUsize,
+}
+
+impl Exits {
+    fn note(&self, number: usize) {
+        self.counts[number].fetch_add(1, Ordering::Relaxed);
+        self.last.store(number + 1, Ordering::Relaxed);
+    }
+
+    fn all(&self) -> u64 {
+        self.counts.iter().map(|count| count.load(Ordering::Relaxed)).sum()
+    }
+
+    fn named(&self) -> (Option<String>, BTreeMap<String, u64>) {
+        let last = self.last.load(Ordering::Relaxed).checked_sub(1);
+        let counts = EXITS
+            .iter()
+            .zip(&self.counts)
+            .map(|(name, count)| ((*name).to_owned(), count.load(Ordering::Relaxed)));
+        (last.map(|last| EXITS[last].to_owned()), counts.filter(|(_, count)| *count > 0).collect())
     }
 }
 

@@ -31,6 +31,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("the_vmm_is_small", the_vmm_is_small),
     ("memory_around_the_hole_works", memory_around_the_hole_works),
     ("many_disks_share_lines", many_disks_share_lines),
+    ("a_paused_machine_is_looked_at", a_paused_machine_is_looked_at),
 ];
 
 /// Starts a machine with this kernel.
@@ -283,4 +284,34 @@ fn many_disks_share_lines() {
     expected.extend([2; 17]);
     expected.push(0xff);
     assert_eq!(kinds, expected);
+}
+
+fn a_paused_machine_is_looked_at() {
+    const COUNTER: u32 = 0x20_0000;
+    let mut parts = Parts::new(&Code::default().count_for_ever(COUNTER, 2000).elf());
+    (parts.set_up.vcpus, parts.set_up.memory_mib) = (2, 4096);
+    let mut owner = Owner::start(&launcher());
+    owner.set_up(&parts).unwrap();
+    assert_eq!(owner.ask(Request::Inspect), Err(Refusal::State(Status::Fresh)));
+    owner.ask(Request::Boot).unwrap();
+    until("the guest to count", || (parts.console().0 > 3).then_some(()));
+    assert_eq!(owner.ask(Request::Inspect), Err(Refusal::State(Status::Running)));
+    let mut look = || {
+        assert_eq!(owner.ask(Request::Pause), Ok(Answer::Done));
+        let Ok(Answer::Inspection(seen)) = owner.ask(Request::Inspect) else { panic!("not seen") };
+        assert_eq!(owner.ask(Request::Resume), Ok(Answer::Done));
+        seen
+    };
+    let seen = look();
+    let regions: Vec<_> = seen.memory.iter().map(|region| (region.start, region.bytes)).collect();
+    assert_eq!(regions, [(0, 3 << 30), (4 << 30, 1 << 30)]);
+    let [first, second] = &seen.vcpus[..] else { panic!("{:?}", seen.vcpus) };
+    // It prints by way of a port, and the other vCPU waits to be started.
+    assert!(first.exits["io_out"] > 3, "{:?}", first.exits);
+    assert_eq!(second.exits.get("io_out"), None);
+    assert!(first.registers["rip"] > 0x10_0000, "{:?}", first.registers);
+    assert!(first.last_exit.is_some());
+    let count = parts.console().0;
+    until("the guest to count on", || (parts.console().0 > count + 3).then_some(()));
+    assert!(look().vcpus[0].exits["io_out"] > first.exits["io_out"]);
 }

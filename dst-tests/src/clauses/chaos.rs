@@ -102,7 +102,7 @@ fn possible(operation: Operation, kind: &VmErrorKind) -> bool {
         | VmErrorKind::Internal { .. } => false,
         VmErrorKind::HypervisorFailed { .. } => matches!(
             operation,
-            O::Pause | O::Resume | O::Snapshot | O::Restore | O::Fork | O::Metrics
+            O::Pause | O::Resume | O::Snapshot | O::Restore | O::Fork | O::Inspect | O::Metrics
         ),
         VmErrorKind::BootFailed { .. } => matches!(operation, O::Start | O::Restore),
         VmErrorKind::ExecFailed { .. } => {

@@ -56,6 +56,7 @@ const OPERATIONS: &[Operation] = &[
     Operation::Listen,
     Operation::Snapshot,
     Operation::Fork,
+    Operation::Inspect,
     Operation::Metrics,
 ];
 
@@ -65,6 +66,7 @@ pub(super) fn operations(ctx: &Context) -> Vec<Operation> {
         Operation::Pause | Operation::Resume => ctx.has(Capability::Pause),
         Operation::Snapshot => ctx.has(Capability::Snapshot),
         Operation::Fork => ctx.has(Capability::Fork),
+        Operation::Inspect => ctx.has(Capability::Inspect),
         Operation::Connect | Operation::Listen => ctx.has(Capability::Vsock),
         _ => true,
     };
@@ -112,6 +114,7 @@ pub(super) async fn attempt(ctx: &Context, vm: &Vm, operation: Operation) -> VmR
             }
             Ok(())
         }
+        Operation::Inspect => vm.inspect().await.map(drop),
         _ => vm.metrics().await.map(drop),
     }
 }

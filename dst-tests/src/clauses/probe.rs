@@ -440,7 +440,7 @@ impl Stage {
                 matches!(self, Self::Created | Self::Stopped | Self::Crashed)
             }
             Operation::Pause => self == Self::Running,
-            Operation::Resume => self == Self::Paused,
+            Operation::Resume | Operation::Inspect => self == Self::Paused,
             Operation::Snapshot | Operation::Fork => {
                 matches!(self, Self::Running | Self::Paused)
             }

@@ -22,7 +22,8 @@ use vm_core::{
 };
 use vm_guest_protocol::AGENT_PORT;
 use vm_trait::{
-    Capabilities, ExecRequest, HostLimits, RootConfig, VmConfig, VmId, VmInstance, VmState,
+    Capabilities, ExecRequest, HostLimits, Inspection, RootConfig, VmConfig, VmId, VmInstance,
+    VmState,
 };
 
 mod link;
@@ -362,6 +363,10 @@ impl Machine for FaultyMachine {
             child.map(|inner| Arc::new(Self { inner, vm: spec.vm, faults }) as Arc<dyn Machine>)
         };
         children.into_iter().zip(specs).map(wrap).collect()
+    }
+
+    async fn inspect(&self) -> Result<Inspection, MachineError> {
+        self.inner.inspect().await
     }
 
     async fn stats(&self) -> Result<MachineStats, MachineError> {

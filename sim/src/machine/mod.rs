@@ -28,7 +28,7 @@ use vm_core::{
     },
 };
 use vm_guest_protocol::AGENT_PORT;
-use vm_trait::{Capabilities, HostLimits, Mib};
+use vm_trait::{Capabilities, HostLimits, Inspection, MemoryRegion, Mib, VcpuInspection};
 
 /// The section that holds a machine's state.
 const SECTION: &str = "guest";
@@ -384,6 +384,23 @@ impl Machine for SimMachine {
             children.push(self.fork_child(spec));
         }
         children
+    }
+
+    async fn inspect(&self) -> Result<Inspection, MachineError> {
+        self.world().enter().await;
+        let state = self.in_status(MachineStatus::Paused)?;
+        let guest = state.guest.as_ref().ok_or(MachineError::Ended)?;
+        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        // All vCPUs of a simulated guest share the work of one.
+        let registers =
+            [("clock", guest.clock(self.world().now())), ("cycles", guest.os.cpu_time())];
+        let registers = registers.map(|(name, time)| (name.to_owned(), nanos(time)));
+        let last_exit = (state.halts > 0).then(|| "halt".to_owned());
+        let exits = last_exit.iter().map(|name| (name.clone(), state.halts)).collect();
+        let vcpu = VcpuInspection::new(registers.into(), last_exit, exits);
+        let config = &self.0.spec().config;
+        let memory = MemoryRegion { start: 0, bytes: config.memory.bytes() };
+        Ok(Inspection::new(vec![vcpu; usize::from(config.vcpus)], vec![memory]))
     }
 
     async fn stats(&self) -> Result<MachineStats, MachineError> {

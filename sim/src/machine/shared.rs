@@ -54,6 +54,8 @@ pub(super) struct State {
     pub(super) console: Console,
     /// The guest's disks are the host's, and not private copies.
     pub(super) disks_attached: bool,
+    /// How often the guest had nothing more to do in this life, and waited.
+    pub(super) halts: u64,
     driver: Driver,
     /// A place on the host, in the ledger too.
     place: Option<Held>,
@@ -95,6 +97,7 @@ impl Shared {
             lines: Lines::default(),
             console: Console::new(console, file.is_some()),
             disks_attached: false,
+            halts: 0,
             driver: Driver::default(),
             place: Some(world.counters.machines.hold()),
         };
@@ -333,6 +336,7 @@ impl Shared {
         let guest = state.guest.as_mut()?;
         let mut progress =
             guest.run(now, &mut state.lines, &mut state.console, &self.world.streams);
+        state.halts += 1;
         let mut next = progress.next.and_then(|next| guest.host_time(next));
         let clock = nanos(guest.clock(now));
         self.world.trace.record(now, Some(self.spec.vm), Tag::Clock, &[clock], &[], String::new);

@@ -19,8 +19,8 @@ use std::{
 };
 use tokio::sync::oneshot;
 use vm_trait::{
-    CrashReason, ForkOptions, Operation, RestoreOptions, Snapshot, SnapshotOptions, StateInput,
-    StopOptions, VmErrorKind, VmInstance, VmResult,
+    CrashReason, ForkOptions, Inspection, Operation, RestoreOptions, Snapshot, SnapshotOptions,
+    StateInput, StopOptions, VmErrorKind, VmInstance, VmResult,
 };
 
 /// What the actor is asked to do.
@@ -33,6 +33,7 @@ pub(crate) enum Work {
     /// The caller of a start or restore went away before it learnt that it was done.
     Undo(Token),
     Fork(ForkOptions),
+    Inspect,
     /// Take over a machine that was forked from another VM's.
     Adopt {
         machine: Arc<dyn Machine>,
@@ -53,6 +54,7 @@ pub(crate) enum Answer {
     Done,
     Snapshot(Box<Snapshot>),
     Children(Vec<VmResult<Arc<dyn VmInstance>>>),
+    Inspection(Box<Inspection>),
 }
 
 /// Where an answer goes.
@@ -105,6 +107,7 @@ impl Work {
             Self::Snapshot(_) => Operation::Snapshot,
             Self::Restore(..) | Self::Adopt { .. } => Operation::Restore,
             Self::Fork(_) => Operation::Fork,
+            Self::Inspect => Operation::Inspect,
             Self::Stop(_) => Operation::Stop,
             Self::Undo(_) | Self::Kill | Self::Dispose => Operation::Kill,
         }
@@ -179,6 +182,9 @@ impl Actor {
             (Ok(()), Work::Fork(options)) => {
                 Box::pin(self.fork(&mut reply, &options)).await.map(Answer::Children)
             }
+            (Ok(()), Work::Inspect) => Box::pin(self.inspect(&mut reply))
+                .await
+                .map(|seen| Answer::Inspection(Box::new(seen))),
             (Ok(()), Work::Adopt { machine, resume }) => {
                 done(Box::pin(self.revive(&mut reply, Origin::Forked(machine), resume)).await)
             }

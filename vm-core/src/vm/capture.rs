@@ -1,4 +1,4 @@
-//! Snapshot, restore and fork.
+//! Snapshot, restore, fork and inspection.
 
 use super::{
     CoreVm,
@@ -15,7 +15,7 @@ use std::{path::PathBuf, sync::Arc};
 use tokio::sync::oneshot;
 use vm_guest_protocol::PROTOCOL_VERSION;
 use vm_trait::{
-    ForkOptions, Operation, RestoreOptions, Snapshot, SnapshotId, SnapshotMetadata,
+    ForkOptions, Inspection, Operation, RestoreOptions, Snapshot, SnapshotId, SnapshotMetadata,
     SnapshotOptions, VmConfig, VmError, VmErrorKind, VmEvent, VmInstance, VmResult, VmState,
 };
 
@@ -164,6 +164,17 @@ impl Actor {
         });
         match self.drive(reply, after, join_all(outcomes)).await {
             Ok(outcomes) => Ok(outcomes),
+            Err(cut) => Err(self.give_up(cut).await),
+        }
+    }
+}
+
+impl Actor {
+    pub(super) async fn inspect(&mut self, reply: &mut Reply) -> Result<Inspection, VmErrorKind> {
+        let machine = self.machine()?;
+        let after = self.core.config.timeouts.request;
+        match self.drive(reply, after, machine.inspect()).await {
+            Ok(seen) => Ok(seen?),
             Err(cut) => Err(self.give_up(cut).await),
         }
     }

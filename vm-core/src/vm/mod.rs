@@ -23,10 +23,10 @@ use std::{fmt, sync::Arc, time::Duration};
 use tokio::sync::oneshot;
 use vm_trait::{
     Capabilities, Capability, CreateDirOptions, DirEntry, EventStream, ExecOutput, ExecRequest,
-    FileStat, ForkOptions, GuestListener, GuestProcess, GuestStream, Operation, OutputOffsets,
-    ProcessId, ProcessInfo, RemoveOptions, RestoreOptions, Snapshot, SnapshotOptions, StopOptions,
-    VmConfig, VmErrorKind, VmEvent, VmExit, VmId, VmInstance, VmMetrics, VmResult, VmState,
-    WriteOptions,
+    FileStat, ForkOptions, GuestListener, GuestProcess, GuestStream, Inspection, Operation,
+    OutputOffsets, ProcessId, ProcessInfo, RemoveOptions, RestoreOptions, Snapshot,
+    SnapshotOptions, StopOptions, VmConfig, VmErrorKind, VmEvent, VmExit, VmId, VmInstance,
+    VmMetrics, VmResult, VmState, WriteOptions,
 };
 
 /// A handle to one machine. Dropping it ends the machine.
@@ -328,6 +328,18 @@ impl VmInstance for CoreVm {
         };
         call.end(answer.and_then(|answer| match answer {
             Answer::Children(children) => Ok(children),
+            _ => Err(mixed_up()),
+        }))
+    }
+
+    async fn inspect(&self) -> VmResult<Inspection> {
+        let call = self.core.call(Operation::Inspect, "");
+        let answer = match self.core.require(Capability::Inspect) {
+            Ok(()) => self.ask(Work::Inspect).await,
+            Err(kind) => Err(kind),
+        };
+        call.end(answer.and_then(|answer| match answer {
+            Answer::Inspection(seen) => Ok(*seen),
             _ => Err(mixed_up()),
         }))
     }

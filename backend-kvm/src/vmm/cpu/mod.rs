@@ -5,5 +5,5 @@ mod registers;
 mod state;
 
 pub(super) use cpuid::Model;
-pub(super) use registers::{enter_kernel, prepare_all, write_tables};
+pub(super) use registers::{enter_kernel, prepare_all, registers_of, write_tables};
 pub(super) use state::{StateKinds, VcpuState};

@@ -7,6 +7,7 @@ use crate::vmm::{
 };
 use kvm_bindings::{Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
+use std::collections::BTreeMap;
 use vm_kvm_devices::Memory;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -144,4 +145,44 @@ fn segment(selector: u16, type_: u8, s: u8) -> kvm_segment {
         unusable: 0,
         padding: 0,
     }
+}
+
+/// Gives a vCPU's general, control and segment base registers by name.
+///
+/// # Errors
+/// KVM's.
+pub(in crate::vmm) fn registers_of(vcpu: &VcpuFd) -> Result<BTreeMap<String, u64>, Refusal> {
+    let regs = vcpu.get_regs().map_err(kvm_failed("KVM_GET_REGS"))?;
+    let sregs = vcpu.get_sregs().map_err(kvm_failed("KVM_GET_SREGS"))?;
+    let named = [
+        ("rax", regs.rax),
+        ("rbx", regs.rbx),
+        ("rcx", regs.rcx),
+        ("rdx", regs.rdx),
+        ("rsi", regs.rsi),
+        ("rdi", regs.rdi),
+        ("rsp", regs.rsp),
+        ("rbp", regs.rbp),
+        ("r8", regs.r8),
+        ("r9", regs.r9),
+        ("r10", regs.r10),
+        ("r11", regs.r11),
+        ("r12", regs.r12),
+        ("r13", regs.r13),
+        ("r14", regs.r14),
+        ("r15", regs.r15),
+        ("rip", regs.rip),
+        ("rflags", regs.rflags),
+        ("cr0", sregs.cr0),
+        ("cr2", sregs.cr2),
+        ("cr3", sregs.cr3),
+        ("cr4", sregs.cr4),
+        ("cr8", sregs.cr8),
+        ("efer", sregs.efer),
+        ("cs", u64::from(sregs.cs.selector)),
+        ("ss", u64::from(sregs.ss.selector)),
+        ("fs.base", sregs.fs.base),
+        ("gs.base", sregs.gs.base),
+    ];
+    Ok(named.map(|(name, value)| (name.to_owned(), value)).into())
 }
