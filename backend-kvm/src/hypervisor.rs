@@ -8,7 +8,7 @@ use crate::{
     launcher::{LauncherProgram, NoLauncher, Started},
     life::{Life, Lives, StageTimes, host},
     machine::{KvmMachine, name_of},
-    snapshot::load::Saved,
+    snapshot::load::{Saved, restore_disk},
 };
 use async_trait::async_trait;
 use std::{
@@ -186,10 +186,10 @@ impl Hypervisor for KvmHypervisor {
         let name = name_of(spec);
         if spec.loads {
             // What it boots from, if it ever does, comes with what is loaded.
-            let started = spawn_blocking(move || launcher.start()).await;
+            let started = spawn_blocking(move || start(&launcher, &config)).await;
             let started = started.map_err(|error| MachineError::Failed(error.to_string()))?;
-            let ring = ConsoleRing::new(config.console_bytes).map_err(|error| host(&error))?;
-            let life = Life::begin(started.map_err(|error| host(&error))?, ring).await?;
+            let (started, ring) = started?;
+            let life = Life::begin(started, ring).await?;
             return Ok(Arc::new(KvmMachine::new(spec, life, &self.lives)));
         }
         // What it made is dropped, and so ended, when this future is dropped.
@@ -230,8 +230,7 @@ impl Made {
         name: String,
     ) -> Result<Self, MachineError> {
         // First, so that it comes up while the rest is made.
-        let started = launcher.start().map_err(|error| host(&error))?;
-        let ring = ConsoleRing::new(config.console_bytes).map_err(|error| host(&error))?;
+        let (started, ring) = start(launcher, config)?;
         Ok(Self { started, ring, parcel: Parcel::new(images, config, name)? })
     }
 }
@@ -290,6 +289,16 @@ impl Parcel {
     }
 }
 
+/// Starts a launcher, and makes the ring for its machine's console. It blocks.
+fn start(
+    launcher: &LauncherProgram,
+    config: &VmConfig,
+) -> Result<(Started, ConsoleRing), MachineError> {
+    let started = launcher.start().map_err(|error| host(&error))?;
+    let ring = ConsoleRing::new(config.console_bytes).map_err(|error| host(&error))?;
+    Ok((started, ring))
+}
+
 /// What a launcher is sent of a machine that was saved.
 pub(crate) struct LoadParcel {
     set_up: MachineSetUp,
@@ -305,16 +314,16 @@ impl LoadParcel {
         config: &VmConfig,
         name: String,
     ) -> Result<Self, MachineError> {
-        let writable = config.disks.iter().filter(|disk| !disk.read_only).count();
-        let mut saved = Saved::new(sections, writable)?;
-        let mut own = std::mem::take(&mut saved.disks).into_iter();
+        let saved = Saved::new(sections)?;
         let mut devices = Devices::default();
         if let RootSource::Image(path) = &config.root.source {
             devices.add_root(path, config.root.read_only, &mut Vec::new())?;
         }
+        let mut writable = 0;
         for (index, disk) in config.disks.iter().enumerate() {
-            let file = if disk.read_only { None } else { own.next() };
-            devices.add_disk(index, disk, file)?;
+            let own = if disk.read_only { None } else { Some(restore_disk(sections, writable)?) };
+            writable += usize::from(own.is_some());
+            devices.add_disk(index, disk, own)?;
         }
         let console_file = config.console_file.as_deref().map(files::open_console_file);
         let console_file = console_file.transpose()?;
@@ -325,7 +334,7 @@ impl LoadParcel {
 
     /// Gives the message, and its descriptors in order.
     pub(crate) fn packet<'a>(&'a self, ring: BorrowedFd<'a>) -> (ToLauncher, Vec<BorrowedFd<'a>>) {
-        let Saved { state, runs, memory, .. } = &self.saved;
+        let Saved { state, runs, memory } = &self.saved;
         let mut fds = vec![state.as_fd(), runs.as_fd(), memory.as_fd(), ring];
         fds.extend(self.console_file.as_ref().map(AsFd::as_fd));
         fds.extend(self.disks.iter().map(AsFd::as_fd));

@@ -19,38 +19,32 @@ pub(crate) struct Saved {
     pub(crate) runs: File,
     /// Memory.
     pub(crate) memory: File,
-    /// The writable disks, each whole, in files without names.
-    pub(crate) disks: Vec<File>,
 }
 
 impl Saved {
-    /// Puts the sections of a machine with so many writable disks into files. It blocks.
+    /// Puts the sections of a machine, but those of its disks, into files. It blocks.
     ///
     /// # Errors
     /// [`MachineError::Corrupt`], and those of the host.
-    pub(crate) fn new(sections: &Sections, disks: usize) -> Result<Self, MachineError> {
+    pub(crate) fn new(sections: &Sections) -> Result<Self, MachineError> {
         let in_memory = |name: &str| {
             let bytes = sections.get(name)?;
             memory_file(name, bytes).map_err(|error| host(&error))
         };
-        let disks = (0..disks).map(|disk| restore_disk(sections, &disk_section(disk)));
         Ok(Self {
             state: in_memory(STATE)?,
             runs: in_memory(&runs_section(MEMORY))?,
             memory: in_memory(MEMORY)?,
-            disks: disks.collect::<Result<_, _>>()?,
         })
     }
 }
 
-fn memory_file(name: &str, bytes: &Bytes) -> io::Result<File> {
-    let flags = rustix::fs::MemfdFlags::CLOEXEC;
-    let mut file = File::from(rustix::fs::memfd_create(name, flags)?);
-    file.write_all(bytes)?;
-    Ok(file)
-}
-
-fn restore_disk(sections: &Sections, name: &str) -> Result<File, MachineError> {
+/// Puts a writable disk, by its number among those, into a file without a name. It blocks.
+///
+/// # Errors
+/// [`MachineError::Corrupt`], and those of the host.
+pub(crate) fn restore_disk(sections: &Sections, number: usize) -> Result<File, MachineError> {
+    let name = &disk_section(number);
     let corrupt = |why: String| MachineError::Corrupt(format!("{name}: {why}"));
     let content = sections.get(name)?;
     let runs = Runs::decode(sections.get(&runs_section(name))?).map_err(corrupt)?;
@@ -70,4 +64,11 @@ fn restore_disk(sections: &Sections, name: &str) -> Result<File, MachineError> {
     };
     write().map_err(|error| host(&error))?;
     Ok(disk)
+}
+
+fn memory_file(name: &str, bytes: &Bytes) -> io::Result<File> {
+    let flags = rustix::fs::MemfdFlags::CLOEXEC;
+    let mut file = File::from(rustix::fs::memfd_create(name, flags)?);
+    file.write_all(bytes)?;
+    Ok(file)
 }

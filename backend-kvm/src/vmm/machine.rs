@@ -27,7 +27,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 use std::{
     fs::File,
-    os::{fd::OwnedFd, unix::fs::FileExt},
+    os::fd::OwnedFd,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -142,7 +142,8 @@ impl Machine {
         let Loaded { state, runs, memory, outside } = Loaded::take_apart(set_up, fds)?;
         prepare_kicks().map_err(|error| failed("signal handler", error))?;
         let state = saving::read_state(&state)?;
-        let runs = read_runs(&runs)?;
+        let runs = saving::read_whole(&runs, MAX_RUNS)?;
+        let runs = Runs::decode(&runs).map_err(Refusal::Corrupt)?;
         let memory = GuestMemory::saved(set_up.memory_mib, runs, &memory, memory_at)?;
         Self::revive(set_up, outside, memory, &state, channel)
     }
@@ -434,16 +435,6 @@ impl Outside {
 
 fn next(fds: &mut impl Iterator<Item = File>) -> Result<File, Refusal> {
     fds.next().ok_or_else(|| config("descriptors", "one is missing"))
-}
-
-fn read_runs(file: &File) -> Result<Runs, Refusal> {
-    let len = file.metadata().map_err(|error| failed("saved memory", error))?.len();
-    if len > MAX_RUNS {
-        return Err(Refusal::Corrupt(format!("{len} bytes of runs")));
-    }
-    let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
-    file.read_exact_at(&mut bytes, 0).map_err(|error| failed("saved memory", error))?;
-    Runs::decode(&bytes).map_err(Refusal::Corrupt)
 }
 
 fn open_kvm() -> Result<Kvm, Refusal> {

@@ -71,12 +71,7 @@ pub(super) fn capture(machine: &Machine, fds: Vec<OwnedFd>) -> Result<(), Refusa
 /// # Errors
 /// [`Refusal::Incompatible`] for one of another version, [`Refusal::Corrupt`] for what is none.
 pub(super) fn read_state(file: &File) -> Result<MachineState, Refusal> {
-    let len = file.metadata().map_err(|error| failed("saved state", error))?.len();
-    if len > MAX_STATE {
-        return Err(Refusal::Corrupt(format!("a state of {len} bytes")));
-    }
-    let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
-    file.read_exact_at(&mut bytes, 0).map_err(|error| failed("saved state", error))?;
+    let bytes = read_whole(file, MAX_STATE)?;
     let unreadable = |error: postcard::Error| Refusal::Corrupt(format!("unreadable: {error}"));
     // The version comes first, in every version.
     let (version, _) = postcard::take_from_bytes::<u32>(&bytes).map_err(unreadable)?;
@@ -92,6 +87,21 @@ pub(super) fn read_state(file: &File) -> Result<MachineState, Refusal> {
         return Err(Refusal::Corrupt(format!("{} bytes too many", rest.len())));
     }
     Ok(saved.machine)
+}
+
+/// Reads a file of at most so many bytes.
+///
+/// # Errors
+/// [`Refusal::Corrupt`] for a longer one, and what the host refuses.
+pub(super) fn read_whole(file: &File, most: u64) -> Result<Vec<u8>, Refusal> {
+    let of_host = |error: io::Error| failed("saved state", error);
+    let len = file.metadata().map_err(of_host)?.len();
+    if len > most {
+        return Err(Refusal::Corrupt(format!("{len} bytes, at most {most} can be")));
+    }
+    let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+    file.read_exact_at(&mut bytes, 0).map_err(of_host)?;
+    Ok(bytes)
 }
 
 fn write_all(pipe: OwnedFd, state: &[u8], memory: &GuestMemory, disks: &[File]) -> io::Result<()> {

@@ -2,6 +2,7 @@
 
 use super::{
     bus::Bus,
+    cpu::registers_of,
     exit_detail::internal_error,
     process::name_thread,
     refuse::failed,
@@ -368,11 +369,8 @@ impl Exits {
 
 /// Says where a vCPU is, for people.
 fn place(vcpu: &VcpuFd) -> String {
-    match (vcpu.get_regs(), vcpu.get_sregs()) {
-        (Ok(regs), Ok(sregs)) => format!(
-            " at rip {:#x} rsp {:#x} rflags {:#x} cr0 {:#x} cr2 {:#x} cr3 {:#x} cr4 {:#x} efer {:#x}",
-            regs.rip, regs.rsp, regs.rflags, sregs.cr0, sregs.cr2, sregs.cr3, sregs.cr4, sregs.efer
-        ),
-        _ => String::new(),
-    }
+    const SHOWN: [&str; 8] = ["rip", "rsp", "rflags", "cr0", "cr2", "cr3", "cr4", "efer"];
+    let Ok(registers) = registers_of(vcpu) else { return String::new() };
+    let shown = SHOWN.map(|name| format!(" {name} {:#x}", registers.get(name).unwrap_or(&0)));
+    format!(" at{}", shown.concat())
 }
