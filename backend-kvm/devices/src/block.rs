@@ -16,6 +16,7 @@ use rustix::fs::{FallocateFlags, OFlags};
 use std::{
     fs::File,
     io::{self, Seek, SeekFrom},
+    num::NonZeroUsize,
     os::{
         fd::{AsFd, BorrowedFd},
         unix::fs::FileExt,
@@ -33,6 +34,7 @@ use virtio_bindings::{
     virtio_ring::VIRTIO_RING_F_EVENT_IDX,
 };
 use virtio_queue::Queue;
+use vm_memory::bitmap::AtomicBitmap;
 
 /// The size of a sector in bytes, the unit of all positions (section 5.2.4).
 pub const SECTOR: u64 = BLOCK as u64;
@@ -95,6 +97,44 @@ pub struct BlockDevice {
     active: Option<Active>,
 }
 
+/// Notes which parts of a disk a guest changed: wrote, cleared or discarded. A clone shares the note.
+#[derive(Clone, Debug)]
+pub struct DiskChanges {
+    parts: Arc<AtomicBitmap>,
+    part_bytes: u64,
+}
+
+impl DiskChanges {
+    /// Begins without a change, for a disk of so many bytes.
+    #[must_use]
+    pub fn new(bytes: u64) -> Self {
+        let part_bytes = (bytes / MOST_PARTS).next_power_of_two().max(LEAST_PART);
+        // One bit for each part; nothing about them is a page.
+        let parts = usize::try_from(bytes.div_ceil(part_bytes)).unwrap_or(usize::MAX);
+        Self { parts: Arc::new(AtomicBitmap::new(parts, NonZeroUsize::MIN)), part_bytes }
+    }
+
+    /// Gives the length of a part in bytes, a power of two of at least 64 KiB.
+    #[must_use]
+    pub fn part_bytes(&self) -> u64 {
+        self.part_bytes
+    }
+
+    /// Gives the parts that were changed, the first as the lowest bit of the first word, and forgets them.
+    #[must_use]
+    pub fn take(&self) -> Vec<u64> {
+        self.parts.get_and_reset()
+    }
+
+    fn note(&self, at: u64, bytes: u64) {
+        if bytes > 0 {
+            let (first, last) = (at / self.part_bytes, (at + (bytes - 1)) / self.part_bytes);
+            let index = |part: u64| usize::try_from(part).unwrap_or(usize::MAX);
+            self.parts.set_addr_range(index(first), index(last - first + 1));
+        }
+    }
+}
+
 impl BlockDevice {
     /// Makes a disk of a file. Its size is that of the file now; an incomplete sector at the end is out of reach.
     ///
@@ -120,8 +160,10 @@ impl BlockDevice {
         let sectors = file.seek(SeekFrom::End(0))? / SECTOR;
         let mut id = [0; SERIAL_LENGTH];
         id[..serial.len()].copy_from_slice(serial);
+        let read_only = options.read_only;
+        let changes = DiskChanges::new(if read_only { 0 } else { sectors * SECTOR });
         Ok(Self {
-            disk: Disk { file, sectors, read_only: options.read_only, id, lost_writes: false },
+            disk: Disk { file, sectors, read_only, id, changes, lost_writes: false },
             wakeup: Wakeup::new()?,
             active: None,
         })
@@ -131,6 +173,12 @@ impl BlockDevice {
     #[must_use]
     pub fn sectors(&self) -> u64 {
         self.disk.sectors
+    }
+
+    /// Gives the note of what the guest changes.
+    #[must_use]
+    pub fn changes(&self) -> DiskChanges {
+        self.disk.changes.clone()
     }
 
     #[cfg(test)]
@@ -237,6 +285,7 @@ struct Disk {
     sectors: u64,
     read_only: bool,
     id: [u8; SERIAL_LENGTH],
+    changes: DiskChanges,
     /// The host failed to keep something it had taken: it says so once only and forgets, so each later flush fails here.
     lost_writes: bool,
 }
@@ -305,6 +354,8 @@ impl Disk {
         let Some(to) = self.place(request.sector, request.out).filter(|_| !self.read_only) else {
             return Done::Failed;
         };
+        // One that fails may have changed something too.
+        self.changes.note(to, request.out.len().into());
         let outcome = self
             .file
             .seek(SeekFrom::Start(to))
@@ -365,6 +416,7 @@ impl Disk {
         for range in list.chunks_exact(RANGE_LENGTH as usize) {
             let (at, length) = (le64(range, 0) * SECTOR, u64::from(le32(range, 8)) * SECTOR);
             let unmap = le32(range, 12) & FLAG_UNMAP != 0;
+            self.changes.note(at, length);
             if length > 0 && limits.clear(&self.file, at, length, unmap).is_err() {
                 return Ok(Done::Failed);
             }
@@ -492,6 +544,12 @@ fn le64(bytes: &[u8], at: usize) -> u64 {
 }
 
 const NAME: &str = "block device";
+
+/// The shortest part of a disk whose change is noted: a bit for 64 KiB.
+const LEAST_PART: u64 = 64 << 10;
+
+/// Longer parts keep a disk's note below 4 MiB.
+const MOST_PARTS: u64 = 16 << 20;
 
 const BLOCK: u32 = 512;
 

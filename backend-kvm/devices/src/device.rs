@@ -3,8 +3,9 @@
 use std::{any::Any, fmt, os::fd::BorrowedFd, sync::Arc};
 use virtio_queue::Queue;
 
-/// A guest's memory; a clone shares it.
-pub type Memory = vm_memory::GuestMemoryMmap<()>;
+/// A guest's memory; a clone shares it. It notes which pages this process writes to, as a hypervisor notes those that
+/// the guest writes to.
+pub type Memory = vm_memory::GuestMemoryMmap<vm_memory::bitmap::AtomicBitmap>;
 
 /// Tells the guest's driver something (virtio 1.2, section 2.3). Callable from any thread, also while the transport is in
 /// use.

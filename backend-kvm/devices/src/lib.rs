@@ -15,7 +15,7 @@ pub mod state;
 pub mod testing;
 pub mod vsock;
 
-pub use block::{BlockDevice, BlockOptions};
+pub use block::{BlockDevice, BlockOptions, DiskChanges};
 pub use device::{DeviceBroken, Interrupt, Memory, VirtioDevice};
 pub use entropy::EntropyDevice;
 pub use mmio::{IrqLine, MmioTransport};

@@ -1,8 +1,8 @@
 //! The disk, against a list of bytes.
 
-use super::{EVENT_IDX, VERSION_1, ask, disk_on, file_of, reads, writes};
+use super::{EVENT_IDX, VERSION_1, ask, disk_on, file_of, reads, serve_noted, writes};
 use crate::{
-    block::{BlockDevice, BlockError, BlockOptions, SECTOR},
+    block::{BlockDevice, BlockError, BlockOptions, DiskChanges, SECTOR},
     device::Memory,
     testing::{Buffer, Guest, Ring, memory},
 };
@@ -387,4 +387,68 @@ fn a_request_that_no_driver_may_make_so_long_moves_nothing() {
     buffers.push(writes(STATUS, 1));
     assert_eq!(ask(&mut machine.guest, &mut machine.ring, &buffers), [(0, 0)]);
     assert_eq!(machine.memory.read_obj::<u8>(GuestAddress(STATUS)).unwrap(), IOERR);
+}
+
+#[test]
+fn memory_notes_what_is_read_into_it() {
+    let file = file_of(&[5; 64 * SECTOR as usize]);
+    let mut machine = Machine::new(disk_on(&file), all_features());
+    machine.memory.write_slice(&[0; 16], GuestAddress(HEADER)).unwrap();
+    // The buffer lies in both regions.
+    let buffers = [reads(HEADER, 16), writes(0x12_0000 - 512, 9 * 512), writes(STATUS, 1)];
+    machine.ring.chain(0, &buffers);
+    machine.ring.publish(0);
+    serve_noted(&mut machine.guest, &machine.memory);
+    assert_eq!(machine.ring.take_used(), [(0, 9 * 512 + 1)]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn what_changes_on_a_disk_is_noted(ops in prop::collection::vec((0..4u8, 0..4_000u64, 1..300u32), 1..8)) {
+        const LENGTH: usize = 4_096 * SECTOR as usize;
+        let file = file_of(&vec![9; LENGTH]);
+        let disk = disk_on(&file);
+        let changes = disk.changes();
+        prop_assert_eq!(changes.part_bytes(), 64 << 10);
+        let mut machine = Machine::new(disk, all_features());
+        for (kind, sector, count) in ops {
+            let count = count.min(4_096 - u32::try_from(sector).unwrap());
+            let read = || {
+                let mut bytes = vec![0; LENGTH];
+                file.read_exact_at(&mut bytes, 0).unwrap();
+                bytes
+            };
+            let before = read();
+            let (kind, data) = match kind {
+                0 => (VIRTIO_BLK_T_IN, Vec::new()),
+                1 => (VIRTIO_BLK_T_OUT, vec![kind; count as usize * SECTOR as usize]),
+                2 => (VIRTIO_BLK_T_DISCARD, range(sector, count, 0)),
+                _ => (VIRTIO_BLK_T_WRITE_ZEROES, range(sector, count, 0)),
+            };
+            machine.ask(kind, sector, &data, 0, 16);
+            let noted = changes.take();
+            prop_assert_eq!(noted.len(), 1);
+            for (number, (before, after)) in before.chunks(64 << 10).zip(read().chunks(64 << 10)).enumerate() {
+                let (noted, touched) = (noted[0] >> number & 1 == 1, (sector * 512) >> 16 <= number as u64
+                    && number as u64 <= ((sector + u64::from(count)) * 512 - 1) >> 16);
+                prop_assert!(noted || before == after);
+                prop_assert!(!noted || touched && kind != VIRTIO_BLK_T_IN);
+            }
+            prop_assert!(changes.take().iter().all(|word| *word == 0));
+        }
+    }
+}
+
+#[test]
+fn the_note_of_a_huge_disk_stays_small() {
+    for bytes in [0, 1, 1 << 20, (1 << 40) + 1, 1 << 50, u64::MAX / 2] {
+        let changes = DiskChanges::new(bytes);
+        assert!(changes.part_bytes().is_power_of_two());
+        let parts = changes.take().len() as u64 * 64;
+        assert!(
+            parts * 1_u64.max(changes.part_bytes() / 64) >= bytes / 64 && parts <= 32 << 20,
+            "{bytes}"
+        );
+    }
 }

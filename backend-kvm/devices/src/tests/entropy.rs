@@ -1,6 +1,6 @@
 //! The random bytes.
 
-use super::{EVENT_IDX, VERSION_1, ask, reads, writes};
+use super::{EVENT_IDX, VERSION_1, ask, reads, serve_noted, writes};
 use crate::{
     entropy::{EntropyDevice, REQUEST_LIMIT},
     testing::{Buffer, Guest, Ring, memory},
@@ -87,4 +87,16 @@ fn many_requests_are_served_over_several_calls() {
     assert!(guest.host_waits());
     assert!(guest.settle(64));
     assert_eq!(first + ring.take_used().len(), 64);
+}
+
+#[test]
+fn memory_notes_what_was_drawn() {
+    let memory = memory(&[(0, 0x10_0000)]).unwrap();
+    let mut guest = Guest::new(EntropyDevice::new().unwrap(), &memory);
+    let mut ring = Ring::new(&memory, 0x1000, 16);
+    assert!(guest.start(VERSION_1, &[&ring]));
+    ring.chain(0, &[writes(0x8ff0, 3 * 4096)]);
+    ring.publish(0);
+    serve_noted(&mut guest, &memory);
+    assert_eq!(ring.take_used(), [(0, 3 * 4096)]);
 }
