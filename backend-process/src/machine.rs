@@ -10,7 +10,7 @@ use rustix::event::{PollFd, PollFlags};
 use std::{io, os::fd::AsFd, sync::Arc, thread};
 use tokio::{net::UnixStream, task::spawn_blocking};
 use vm_core::machine::{
-    Acceptor, Captured, Link, Machine, MachineError, MachineExit, MachineSpec, MachineStats,
+    Acceptor, CaptureOrder, Captured, Link, Machine, MachineError, MachineExit, MachineSpec, MachineStats,
     MachineStatus, Sections,
 };
 use vm_guest_protocol::AGENT_PORT;
@@ -106,11 +106,11 @@ impl Machine for ProcessMachine {
         }
     }
 
-    async fn capture(&self) -> Result<Box<dyn Captured>, MachineError> {
+    async fn capture(&self, _: CaptureOrder) -> Result<Box<dyn Captured>, MachineError> {
         unsupported("snapshot")
     }
 
-    async fn load(&self, _sections: &Sections) -> Result<(), MachineError> {
+    async fn load(&self, _sections: &Sections, _track: bool) -> Result<(), MachineError> {
         unsupported("restore")
     }
 

@@ -283,6 +283,7 @@ fn made_up_snapshot(ctx: &Context, vm: VmId) -> Snapshot {
         vcpus: 1,
         memory: Mib(128),
         label: None,
+        base: None,
     };
     Snapshot::new(PathBuf::from("/nowhere/made-up.snapshot"), metadata)
 }

@@ -236,6 +236,14 @@ impl VmBackend for SimBackend {
     async fn delete_snapshot(&self, snapshot: &Snapshot) -> VmResult<()> {
         self.core.delete_snapshot(snapshot).await
     }
+
+    async fn merge_snapshot(
+        &self,
+        snapshot: &Snapshot,
+        path: Option<PathBuf>,
+    ) -> VmResult<Snapshot> {
+        self.core.merge_snapshot(snapshot, path).await
+    }
 }
 
 impl fmt::Debug for SimBackend {

@@ -81,6 +81,7 @@ fn write(sections: usize, content: &Bytes) -> Bytes {
         vcpus: 1,
         memory,
         label: None,
+        base: None,
     };
     let compatibility = Compatibility { backend, arch, vcpus: 1, memory, agent_protocol: 1 };
     let writing = async {

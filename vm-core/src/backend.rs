@@ -19,6 +19,7 @@ use std::{
 };
 use vm_trait::{
     Capabilities, Capability, HostLimits, Operation, RestoreOptions, Snapshot, SnapshotId,
+    SnapshotMetadata,
     VmBackend, VmConfig, VmError, VmErrorKind, VmInstance, VmResult,
 };
 
@@ -94,7 +95,11 @@ impl CoreBackend {
         options: RestoreOptions,
     ) -> Result<Arc<dyn VmInstance>, VmErrorKind> {
         self.require(Capability::Snapshot)?;
-        let (manifest, sections) = container::open(&*self.parts.fs, &snapshot.path).await?;
+        if options.tracked {
+            self.require(Capability::IncrementalSnapshot)?;
+        }
+        let chain = container::open(&*self.parts.fs, &snapshot.path).await?;
+        let manifest = &chain.manifest;
         manifest.compatibility.check(&compatible_with(&self.parts, &manifest.config))?;
         self.check(&manifest.config).map_err(|kind| match kind {
             VmErrorKind::InvalidConfig { field, reason } => VmErrorKind::SnapshotIncompatible {
@@ -105,8 +110,53 @@ impl CoreBackend {
             kind => kind,
         })?;
         let vm = CoreVm::create(&self.parts, Arc::new(manifest.config.clone()));
-        vm.restore_saved(Saved::Loaded(Box::new(manifest), sections), options).await?;
+        let saved = Saved::Opened(snapshot.path.clone(), Box::new(chain));
+        vm.restore_saved(saved, options).await?;
         Ok(Arc::new(vm))
+    }
+
+    /// Gives the bytes of a snapshot, and of all that it builds on as those of one.
+    async fn export(&self, snapshot: &Snapshot) -> Result<Bytes, VmErrorKind> {
+        self.require(Capability::Snapshot)?;
+        let fs = &self.parts.fs;
+        if container::open(&**fs, &snapshot.path).await?.length == 1 {
+            return Ok(container::read_verified(&**fs, &snapshot.path).await?);
+        }
+        let merged = Scratch { fs, path: self.new_path().await? };
+        self.merge_into(snapshot, &merged.path).await?;
+        Ok(container::read_verified(&**fs, &merged.path).await?)
+    }
+
+    async fn merge(
+        &self,
+        snapshot: &Snapshot,
+        path: Option<PathBuf>,
+    ) -> Result<Snapshot, VmErrorKind> {
+        self.require(Capability::IncrementalSnapshot)?;
+        let path = match path {
+            Some(path) => path,
+            None => self.new_path().await?,
+        };
+        let metadata = self.merge_into(snapshot, &path).await?;
+        Ok(Snapshot::new(path, metadata))
+    }
+
+    async fn merge_into(
+        &self,
+        snapshot: &Snapshot,
+        path: &Path,
+    ) -> Result<SnapshotMetadata, VmErrorKind> {
+        let env = &self.parts.env;
+        let (tag, id) = (env.random_u64(), SnapshotId(env.random_u64()));
+        let fs = self.parts.fs.clone();
+        let merged =
+            container::merge(fs, &snapshot.path, path, tag, |metadata| metadata.id = id).await?;
+        Ok(merged.0.metadata)
+    }
+
+    /// Gives a path in the snapshot directory at which nothing is.
+    async fn new_path(&self) -> Result<PathBuf, VmErrorKind> {
+        Ok(self.parts.snapshot_path(SnapshotId(self.parts.env.random_u64())).await?)
     }
 
     async fn import(&self, bytes: Bytes) -> Result<Snapshot, VmErrorKind> {
@@ -114,7 +164,7 @@ impl CoreBackend {
         let (manifest, _) = container::verify_bytes(&bytes)?;
         manifest.compatibility.check(&compatible_with(&self.parts, &manifest.config))?;
         // A name of its own: importing twice gives two files, and neither can replace a snapshot that is in use.
-        let path = self.parts.snapshot_path(SnapshotId(self.parts.env.random_u64())).await?;
+        let path = self.new_path().await?;
         let tag = self.parts.env.random_u64();
         let manifest = container::write_verified(self.parts.fs.clone(), &path, bytes, tag).await?;
         Ok(Snapshot::new(path, manifest.metadata))
@@ -141,6 +191,18 @@ impl Parts {
     pub(crate) fn count(self: &Arc<Self>) -> Live {
         self.live.fetch_add(1, Ordering::Relaxed);
         Live(self.clone())
+    }
+}
+
+/// A file that is only there while it is needed.
+struct Scratch<'a> {
+    fs: &'a Arc<dyn HostFs>,
+    path: PathBuf,
+}
+
+impl Drop for Scratch<'_> {
+    fn drop(&mut self) {
+        self.fs.remove_now(&self.path);
     }
 }
 
@@ -183,10 +245,8 @@ impl VmBackend for CoreBackend {
     }
 
     async fn export_snapshot(&self, snapshot: &Snapshot) -> VmResult<Bytes> {
-        let fail = |kind| VmError::new(Operation::ExportSnapshot, kind);
-        self.require(Capability::Snapshot).map_err(fail)?;
-        let bytes = container::read_verified(&*self.parts.fs, &snapshot.path).await;
-        bytes.map_err(|error| fail(error.into()))
+        let bytes = self.export(snapshot).await;
+        bytes.map_err(|kind| VmError::new(Operation::ExportSnapshot, kind))
     }
 
     async fn import_snapshot(&self, bytes: Bytes) -> VmResult<Snapshot> {
@@ -202,5 +262,14 @@ impl VmBackend for CoreBackend {
             let (path, reason) = (path.display().to_string(), error.to_string());
             fail(VmErrorKind::HostIo { path, reason })
         })
+    }
+
+    async fn merge_snapshot(
+        &self,
+        snapshot: &Snapshot,
+        path: Option<PathBuf>,
+    ) -> VmResult<Snapshot> {
+        let merged = self.merge(snapshot, path).await;
+        merged.map_err(|kind| VmError::new(Operation::MergeSnapshot, kind))
     }
 }

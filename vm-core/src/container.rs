@@ -1,4 +1,4 @@
-//! The snapshot container, format 1: sections of a machine's state in one file, every byte of it accounted for.
+//! The snapshot container, format 2: sections of a machine's state in one file, every byte of it accounted for.
 //!
 //! ```text
 //! header    64 bytes  magic, format, hash of both
@@ -12,6 +12,14 @@
 //! missing or extra byte is [`ContainerError::Corrupt`]. A file of another format is
 //! [`ContainerError::Incompatible`] in the field `format`, but only where the header's hash holds.
 //!
+//! Guest memory and disks are sections of a kind of their own, [images](crate::image): packed, without zeros, and with a
+//! map that says where the content belongs. [`open`] verifies all but their content, which is never decoded; whoever uses
+//! it sees to its verification.
+//!
+//! The images of a container with a base hold only what changed since the base was written, and so on along the chain.
+//! A container names its base by path and by *seal*, the hash of its manifest: a base that is missing or is another one
+//! makes all that build on it [`ContainerError::Corrupt`]. [`merge`] writes a chain as one container.
+//!
 //! What is written appears under its name at once and whole: it grows under a temporary name in the same directory,
 //! is made durable, and is then renamed. A crash at any point leaves the old file or the new one, and perhaps a
 //! temporary one for [`sweep`].
@@ -20,11 +28,12 @@
 //! input that their reader must check. [`verify_bytes`] never panics and allocates no more than a small multiple of
 //! its input, whatever that is; it is the function to fuzz.
 
-use crate::{host_fs::HostFs, machine::Sections};
+use crate::host_fs::HostFs;
 use bytes::Bytes;
 use std::{io, path::Path, sync::Arc};
 use vm_trait::VmErrorKind;
 
+mod chain;
 mod hash;
 mod layout;
 mod manifest;
@@ -32,13 +41,15 @@ mod temp_file;
 mod verify;
 mod writer;
 
+pub use chain::{Chain, MAX_CHAIN, merge, open};
 pub use hash::Hash;
-pub use manifest::{Compatibility, Manifest, SectionEntry};
+pub(crate) use hash::Hasher;
+pub use manifest::{BaseLink, BasePath, Compatibility, Manifest, SectionEntry};
 pub use verify::verify_bytes;
-pub use writer::ContainerWriter;
+pub use writer::{ContainerWriter, Sealed};
 
 /// The format that is written and read here.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// The most sections of a container.
 pub const MAX_SECTIONS: usize = 4096;
@@ -128,23 +139,22 @@ impl From<ContainerError> for crate::machine::MachineError {
     }
 }
 
-/// Reads and verifies a container. The sections share one buffer.
+/// Reads a whole container file that has no base, and gives its bytes after verifying all of them.
 ///
 /// # Errors
-/// [`ContainerError::Corrupt`], [`ContainerError::Incompatible`] for another format, [`ContainerError::Io`].
-pub async fn open(fs: &dyn HostFs, path: &Path) -> Result<(Manifest, Sections), ContainerError> {
-    let bytes = verify::read(fs, path).await?;
-    verify::verify_in_steps(&bytes).await
+/// As [`open`]; [`ContainerError::Incompatible`] in the field `base` for one that has a base.
+pub async fn read_verified(fs: &dyn HostFs, path: &Path) -> Result<Bytes, ContainerError> {
+    let bytes = verify::read_file(fs, path).await?;
+    verify::verify_in_steps(&bytes).await?;
+    Ok(bytes)
 }
 
-/// Reads a whole container file and gives its bytes after verifying them.
+/// Gives the seal of a container whose ends are whole, without reading the rest.
 ///
 /// # Errors
 /// As [`open`].
-pub async fn read_verified(fs: &dyn HostFs, path: &Path) -> Result<Bytes, ContainerError> {
-    let bytes = verify::read(fs, path).await?;
-    verify::verify_in_steps(&bytes).await?;
-    Ok(bytes)
+pub async fn seal(fs: &dyn HostFs, path: &Path) -> Result<Hash, ContainerError> {
+    verify::read_seal(fs, path).await
 }
 
 /// Verifies the bytes of a container and writes them to a file, as atomically as [`ContainerWriter::finish`].

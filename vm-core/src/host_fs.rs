@@ -6,7 +6,9 @@
 use async_trait::async_trait;
 use bytes::Bytes;
 use std::{
-    fmt, io,
+    fmt,
+    fs::File,
+    io,
     path::{Path, PathBuf},
 };
 
@@ -93,4 +95,24 @@ pub trait HostFileReader: Send + Sync + fmt::Debug {
     /// # Errors
     /// The file system's; `UnexpectedEof` where there are fewer.
     async fn read_at(&self, offset: u64, length: usize) -> io::Result<Bytes>;
+
+    /// Gives the file itself, to be mapped, where there is one.
+    fn file(&self) -> Option<&File> {
+        None
+    }
+}
+
+/// Bytes in memory are read like a file.
+#[async_trait]
+impl HostFileReader for Bytes {
+    async fn size(&self) -> io::Result<u64> {
+        Ok(self.len() as u64)
+    }
+
+    async fn read_at(&self, offset: u64, length: usize) -> io::Result<Bytes> {
+        let start = usize::try_from(offset).ok();
+        let range = start.and_then(|start| Some(start..start.checked_add(length)?));
+        let range = range.filter(|range| range.end <= self.len());
+        range.map(|range| self.slice(range)).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+    }
 }

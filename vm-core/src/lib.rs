@@ -10,7 +10,8 @@
 //! | [`machine`] | the seam to the hypervisor |
 //! | [`env`](mod@env) | the seam to clock, tasks and randomness |
 //! | [`host_fs`] | the seam to the host's file system |
-//! | [`container`] | the snapshot file |
+//! | [`container`] | the snapshot file, and chains of them |
+//! | [`image`] | guest memory and disks, as snapshots hold them |
 //! | [`observe`] | what the core reports of its work |
 //! | [`fault`] | the vocabulary of faults |
 #![forbid(unsafe_code)]
@@ -22,6 +23,7 @@ pub mod env;
 mod error;
 pub mod fault;
 pub mod host_fs;
+pub mod image;
 pub mod machine;
 pub mod observe;
 mod vm;

@@ -4,6 +4,7 @@
 //! Implementations do as they are told and report truthfully. Order, deadlines, pre-emption, cancellation and states
 //! are decided above them.
 
+use crate::image::Image;
 use async_trait::async_trait;
 use bytes::Bytes;
 use std::{fmt, sync::Arc, time::Duration};
@@ -112,14 +113,17 @@ pub trait Machine: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// When it cannot.
-    async fn capture(&self) -> Result<Box<dyn Captured>, MachineError>;
+    async fn capture(&self, order: CaptureOrder) -> Result<Box<dyn Captured>, MachineError>;
 
     /// Puts a saved state into a machine that was not booted; it is then paused, and all the connections its guest
-    /// had are gone.
+    /// had are gone. With `track`, changes are kept track of from there on, as [`Generation::LOADED`].
+    ///
+    /// Sections are verified; images need not be. What decodes one must ask for verified [`content`](Image::content); the
+    /// guest may see what is not verified yet, and nothing leaves the machine before it was.
     ///
     /// # Errors
     /// [`MachineError::Incompatible`], [`MachineError::Corrupt`] and others; the machine can then only be killed.
-    async fn load(&self, sections: &Sections) -> Result<(), MachineError>;
+    async fn load(&self, sections: &Sections, track: bool) -> Result<(), MachineError>;
 
     /// Makes copies of a paused machine, one for each spec, each paused, with none of the connections of this one,
     /// and with private disks.
@@ -143,9 +147,34 @@ pub trait Machine: Send + Sync + fmt::Debug {
     fn console(&self) -> Bytes;
 }
 
+/// What is to be captured of a machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CaptureOrder {
+    /// Of images, only what changed since then; without it, all of them.
+    pub since: Option<Generation>,
+    /// Whether changes are to be kept track of from here on.
+    pub track: bool,
+}
+
+/// A moment of a machine's life from which on it keeps track of what changes in its images. A machine knows at least its
+/// last eight, the oldest go first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Generation(pub u64);
+
+impl Generation {
+    /// When it was loaded.
+    pub const LOADED: Self = Self(0);
+
+    /// How many a machine knows.
+    pub const KEPT: usize = 8;
+}
+
 /// A machine's state as it was once. Dropped, it leaves nothing.
 #[async_trait]
 pub trait Captured: Send + fmt::Debug {
+    /// Names the moment of the capture, where changes since then are kept track of.
+    fn generation(&self) -> Option<Generation>;
+
     /// Writes it, section by section. When the future is dropped, it cannot be written any more.
     ///
     /// # Errors
@@ -236,11 +265,34 @@ pub trait SectionSink: Send {
     /// # Errors
     /// [`MachineError::HostIo`].
     async fn write(&mut self, bytes: Bytes) -> Result<(), MachineError>;
+
+    /// Begins an image of `total` bytes, to be given in ascending order by [`write_at`](Self::write_at) and
+    /// [`zeros_at`](Self::zeros_at); the section before it ends. What neither says is zeros, or in a capture since some
+    /// generation what it was then.
+    ///
+    /// # Errors
+    /// [`MachineError::HostIo`].
+    async fn begin_image(&mut self, name: &str, total: u64) -> Result<(), MachineError>;
+
+    /// Says what stands at an offset of the image. Whole pages at page boundaries can be mapped later.
+    ///
+    /// # Errors
+    /// [`MachineError::HostIo`]; [`MachineError::Failed`] for an offset that was passed or lies outside.
+    async fn write_at(&mut self, offset: u64, bytes: Bytes) -> Result<(), MachineError>;
+
+    /// Says that there are zeros at an offset of the image.
+    ///
+    /// # Errors
+    /// As [`write_at`](Self::write_at).
+    async fn zeros_at(&mut self, offset: u64, length: u64) -> Result<(), MachineError>;
 }
 
-/// A machine's state, verified, by section.
+/// A machine's state by section: those of bytes, verified, and images, which need not be.
 #[derive(Clone, Debug, Default)]
-pub struct Sections(pub(crate) Vec<(String, Bytes)>);
+pub struct Sections {
+    pub(crate) plain: Vec<(String, Bytes)>,
+    pub(crate) images: Vec<(String, Image)>,
+}
 
 impl Sections {
     /// Gives a section's bytes.
@@ -255,12 +307,32 @@ impl Sections {
     /// Gives a section's bytes, if there is one of that name.
     #[must_use]
     pub fn find(&self, name: &str) -> Option<&Bytes> {
-        self.0.iter().find(|(known, _)| known == name).map(|(_, bytes)| bytes)
+        self.plain.iter().find(|(known, _)| known == name).map(|(_, bytes)| bytes)
     }
 
-    /// Walks through the sections in the order in which they were written.
+    /// Gives an image.
+    ///
+    /// # Errors
+    /// [`MachineError::Corrupt`] where there is none of that name.
+    pub fn image(&self, name: &str) -> Result<&Image, MachineError> {
+        let found = self.images.iter().find(|(known, _)| known == name).map(|(_, image)| image);
+        found.ok_or_else(|| MachineError::Corrupt(format!("there is no image `{name}`")))
+    }
+
+    /// Walks through the sections of bytes in the order in which they were written.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Bytes)> {
-        self.0.iter().map(|(name, bytes)| (name.as_str(), bytes))
+        self.plain.iter().map(|(name, bytes)| (name.as_str(), bytes))
+    }
+
+    /// Verifies all images, as [`Image::verify`] does.
+    ///
+    /// # Errors
+    /// [`MachineError::Corrupt`], [`MachineError::HostIo`].
+    pub async fn verify(&self) -> Result<(), MachineError> {
+        for (_, image) in &self.images {
+            image.verify().await?;
+        }
+        Ok(())
     }
 }
 

@@ -46,6 +46,8 @@ pub enum Capability {
     ConsoleFile,
     /// `inspect`.
     Inspect,
+    /// Snapshots that hold only what changed since another one, and `merge_snapshot`.
+    IncrementalSnapshot,
 }
 
 impl Capability {
@@ -68,6 +70,7 @@ impl Capability {
         Self::Kernel,
         Self::ConsoleFile,
         Self::Inspect,
+        Self::IncrementalSnapshot,
     ];
 
     /// Names the capability as reports do, in snake case.
@@ -91,6 +94,7 @@ impl Capability {
             Self::Kernel => "kernel",
             Self::ConsoleFile => "console_file",
             Self::Inspect => "inspect",
+            Self::IncrementalSnapshot => "incremental_snapshot",
         }
     }
 }

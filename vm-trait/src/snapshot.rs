@@ -48,6 +48,9 @@ pub struct SnapshotMetadata {
     /// Free text of its owner.
     #[serde(default)]
     pub label: Option<String>,
+    /// The snapshot whose file is needed too, of an incremental one.
+    #[serde(default)]
+    pub base: Option<SnapshotId>,
 }
 
 /// How a snapshot is to be taken.
@@ -60,6 +63,14 @@ pub struct SnapshotOptions {
     pub path: Option<PathBuf>,
     /// Free text to keep in the metadata.
     pub label: Option<String>,
+    /// Keep track of what changes from this snapshot on, so that a later one can be taken with it as its base. The
+    /// guest pays for that with each first write to a page. Needs
+    /// [`IncrementalSnapshot`](crate::Capability::IncrementalSnapshot). Default false.
+    pub tracked: bool,
+    /// Hold only what changed since this snapshot, which must be one of the last eight tracked ones of this life of the
+    /// machine: taken, or restored from, with `tracked`. It is tracked itself. Neither it nor those below it may be moved,
+    /// changed or deleted as long as the new one is needed, but for all of a chain that is moved together. Default none.
+    pub base: Option<Box<Snapshot>>,
 }
 
 impl SnapshotOptions {
@@ -67,6 +78,20 @@ impl SnapshotOptions {
     #[must_use]
     pub fn with_path(mut self, path: impl Into<PathBuf>) -> Self {
         self.path = Some(path.into());
+        self
+    }
+
+    /// Asks for track to be kept of what changes from here on.
+    #[must_use]
+    pub fn tracked(mut self) -> Self {
+        self.tracked = true;
+        self
+    }
+
+    /// Asks for what changed since `base`.
+    #[must_use]
+    pub fn on_base(mut self, base: &Snapshot) -> Self {
+        self.base = Some(Box::new(base.clone()));
         self
     }
 
@@ -85,18 +110,28 @@ impl SnapshotOptions {
 pub struct RestoreOptions {
     /// Let the guest run at once; else it stands still in Paused. Default false.
     pub resume: bool,
+    /// Keep track of what changes from the restored state on, so that an incremental snapshot can be taken with this one
+    /// as its base: see [`SnapshotOptions::tracked`]. Default false.
+    pub tracked: bool,
 }
 
 impl RestoreOptions {
     /// Asks for a machine that runs.
     #[must_use]
     pub fn running() -> Self {
-        Self { resume: true }
+        Self { resume: true, tracked: false }
     }
 
     /// Asks for a machine that stands still.
     #[must_use]
     pub fn paused() -> Self {
-        Self { resume: false }
+        Self { resume: false, tracked: false }
+    }
+
+    /// Asks for track to be kept of what changes.
+    #[must_use]
+    pub fn tracked(mut self) -> Self {
+        self.tracked = true;
+        self
     }
 }

@@ -88,6 +88,7 @@ pub enum Operation {
     ImportSnapshot,
     ExportSnapshot,
     DeleteSnapshot,
+    MergeSnapshot,
 }
 
 impl Operation {
@@ -123,6 +124,7 @@ impl Operation {
         Self::ImportSnapshot,
         Self::ExportSnapshot,
         Self::DeleteSnapshot,
+        Self::MergeSnapshot,
     ];
 
     /// Names the operation as reports and errors do, in snake case.
@@ -159,6 +161,7 @@ impl Operation {
             Self::ImportSnapshot => "import_snapshot",
             Self::ExportSnapshot => "export_snapshot",
             Self::DeleteSnapshot => "delete_snapshot",
+            Self::MergeSnapshot => "merge_snapshot",
         }
     }
 
@@ -376,6 +379,7 @@ mod tests {
         (Operation::ImportSnapshot, "yyyyyyy"),
         (Operation::ExportSnapshot, "yyyyyyy"),
         (Operation::DeleteSnapshot, "yyyyyyy"),
+        (Operation::MergeSnapshot, "yyyyyyy"),
     ];
 
     #[test]

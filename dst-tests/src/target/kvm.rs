@@ -484,4 +484,12 @@ impl VmBackend for Backend {
     async fn delete_snapshot(&self, snapshot: &Snapshot) -> VmResult<()> {
         self.core.delete_snapshot(snapshot).await
     }
+
+    async fn merge_snapshot(
+        &self,
+        snapshot: &Snapshot,
+        path: Option<PathBuf>,
+    ) -> VmResult<Snapshot> {
+        self.core.merge_snapshot(snapshot, path).await
+    }
 }

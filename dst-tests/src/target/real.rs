@@ -16,7 +16,7 @@ use vm_core::{
     env::Env,
     fault::{FaultControl, FaultKind, FaultOrder, FaultRefused},
     machine::{
-        Acceptor, Captured, Hypervisor, Link, Machine, MachineError, MachineExit, MachineSpec,
+        Acceptor, CaptureOrder, Captured, Hypervisor, Link, Machine, MachineError, MachineExit, MachineSpec,
         MachineStats, MachineStatus, Sections,
     },
 };
@@ -348,12 +348,12 @@ impl Machine for FaultyMachine {
         self.inner.listen(port).await
     }
 
-    async fn capture(&self) -> Result<Box<dyn Captured>, MachineError> {
-        self.inner.capture().await
+    async fn capture(&self, order: CaptureOrder) -> Result<Box<dyn Captured>, MachineError> {
+        self.inner.capture(order).await
     }
 
-    async fn load(&self, sections: &Sections) -> Result<(), MachineError> {
-        self.inner.load(sections).await
+    async fn load(&self, sections: &Sections, track: bool) -> Result<(), MachineError> {
+        self.inner.load(sections, track).await
     }
 
     async fn fork(&self, specs: &[MachineSpec]) -> Vec<Result<Arc<dyn Machine>, MachineError>> {

@@ -47,6 +47,7 @@ fn snapshot() -> Snapshot {
         vcpus: 1,
         memory: Mib(64),
         label: None,
+        base: None,
     };
     Snapshot::new("/nowhere".into(), metadata)
 }

@@ -2,6 +2,7 @@
 
 mod console;
 mod guest;
+mod image;
 mod lines;
 mod link;
 mod shared;
@@ -17,23 +18,24 @@ use crate::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use guest::{Boot, BootFate, Guest};
+use image::{Generations, HEADER, STATE};
 use serde::{Deserialize, Serialize};
 use shared::State;
 use std::{fmt, sync::Arc, time::Duration};
 use vm_core::{
     fault::FaultKind,
     machine::{
-        Acceptor, Captured, Hypervisor, Link, Machine, MachineError, MachineExit, MachineSpec,
-        MachineStats, MachineStatus, SectionSink, Sections,
+        Acceptor, CaptureOrder, Captured, Hypervisor, Link, Machine, MachineError, MachineExit, MachineSpec,
+        MachineStats, MachineStatus, Sections,
     },
 };
 use vm_guest_protocol::AGENT_PORT;
 use vm_trait::{Capabilities, HostLimits, Inspection, MemoryRegion, Mib, VcpuInspection};
 
-/// The section that holds a machine's state.
-const SECTION: &str = "guest";
-/// The version of that section.
-const VERSION: u32 = 2;
+/// The version of a machine's state.
+const VERSION: u32 = 3;
+/// How much longer than the guest's memory its state may be.
+const STATE_MARGIN: u64 = 64 << 20;
 /// The architecture that the guests have, whatever the host's.
 const ARCH: &str = "sim64";
 /// The most processes of a guest.
@@ -339,23 +341,20 @@ impl Machine for SimMachine {
         Ok(Box::new(self.0.listen(port)?))
     }
 
-    async fn capture(&self) -> Result<Box<dyn Captured>, MachineError> {
+    async fn capture(&self, order: CaptureOrder) -> Result<Box<dyn Captured>, MachineError> {
         self.control().await;
         drop(self.in_status(MachineStatus::Paused)?);
         if self.0.strike(FaultKind::SaveFail).is_some() {
             return Err(MachineError::Failed("the device state could not be read".to_owned()));
         }
         let corrupt = |error: postcard::Error| MachineError::Failed(error.to_string());
-        let mut bytes = postcard::to_allocvec(&self.header()).map_err(corrupt)?;
-        {
-            let state = self.in_status(MachineStatus::Paused)?;
-            let guest = state.guest.as_ref().ok_or(MachineError::Ended)?;
-            bytes.extend(guest.save().map_err(corrupt)?);
-        }
-        Ok(Box::new(CapturedGuest(bytes.into())))
+        let header = postcard::to_allocvec(&self.header()).map_err(corrupt)?;
+        let mut state = self.in_status(MachineStatus::Paused)?;
+        let guest = state.guest.as_ref().ok_or(MachineError::Ended)?.save().map_err(corrupt)?;
+        Ok(Box::new(state.generations.capture(order, header.into(), guest.into())?))
     }
 
-    async fn load(&self, sections: &Sections) -> Result<(), MachineError> {
+    async fn load(&self, sections: &Sections, track: bool) -> Result<(), MachineError> {
         self.control().await;
         drop(self.in_status(MachineStatus::Fresh)?);
         if let Some(fired) = self.0.strike(FaultKind::LoadSlow) {
@@ -364,13 +363,17 @@ impl Machine for SimMachine {
         if self.0.strike(FaultKind::LoadFail).is_some() {
             return Err(MachineError::Failed("the device state could not be set".to_owned()));
         }
-        let bytes = sections.get(SECTION)?;
-        let (header, rest) = postcard::take_from_bytes::<Header>(bytes)
+        let (header, _) = postcard::take_from_bytes::<Header>(sections.get(HEADER)?)
             .map_err(|error| MachineError::Corrupt(error.to_string()))?;
         self.check_header(&header)?;
-        let guest =
-            Guest::load(rest, Arc::clone(&self.world().programs)).map_err(MachineError::Corrupt)?;
+        let most = header.memory.bytes() + STATE_MARGIN;
+        let bytes = sections.image(STATE)?.content(most).await?;
+        let guest = Guest::load(&bytes, Arc::clone(&self.world().programs))
+            .map_err(MachineError::Corrupt)?;
         let mut state = self.in_status(MachineStatus::Fresh)?;
+        if track {
+            state.generations = Generations::of_loaded(&bytes);
+        }
         self.0.install(&mut state, guest, false);
         drop(state);
         self.0.note(6, || "state loaded".to_owned());
@@ -416,22 +419,6 @@ impl Machine for SimMachine {
 
     fn console(&self) -> Bytes {
         self.0.console()
-    }
-}
-
-/// A guest's state as bytes.
-#[derive(Debug)]
-struct CapturedGuest(Bytes);
-
-#[async_trait]
-impl Captured for CapturedGuest {
-    async fn write(&mut self, sections: &mut dyn SectionSink) -> Result<(), MachineError> {
-        sections.begin(SECTION).await?;
-        while !self.0.is_empty() {
-            let piece = self.0.split_to(self.0.len().min(PIECE));
-            sections.write(piece).await?;
-        }
-        Ok(())
     }
 }
 

@@ -3,6 +3,7 @@
 use super::{
     console::Console,
     guest::{Guest, Progress},
+    image::Generations,
     lines::Lines,
     link::{Pipe, SimLink},
 };
@@ -56,6 +57,8 @@ pub(super) struct State {
     pub(super) disks_attached: bool,
     /// How often the guest had nothing more to do in this life, and waited.
     pub(super) halts: u64,
+    /// What changes are known since when.
+    pub(super) generations: Generations,
     driver: Driver,
     /// A place on the host, in the ledger too.
     place: Option<Held>,
@@ -98,6 +101,7 @@ impl Shared {
             console: Console::new(console, file.is_some()),
             disks_attached: false,
             halts: 0,
+            generations: Generations::of_booted(),
             driver: Driver::default(),
             place: Some(world.counters.machines.hold()),
         };

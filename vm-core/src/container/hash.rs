@@ -30,18 +30,18 @@ impl Hash {
 }
 
 /// Hashes what comes piece by piece.
-pub(super) struct Hasher(XxHash3_128);
+pub(crate) struct Hasher(XxHash3_128);
 
 impl Hasher {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(XxHash3_128::new())
     }
 
-    pub(super) fn update(&mut self, bytes: &[u8]) {
+    pub(crate) fn update(&mut self, bytes: &[u8]) {
         self.0.write(bytes);
     }
 
-    pub(super) fn finish(&self) -> Hash {
+    pub(crate) fn finish(&self) -> Hash {
         Hash(self.0.finish_128())
     }
 }

@@ -42,7 +42,7 @@ pub(super) fn check_header(bytes: &[u8; HEADER_LEN]) -> Result<(), ContainerErro
         });
     }
     if fields[20..].iter().any(|byte| *byte != 0) {
-        return Err(corrupt("the header has bytes set that format 1 does not use"));
+        return Err(corrupt("the header has bytes set that this format does not use"));
     }
     Ok(())
 }
@@ -110,6 +110,11 @@ impl Trailer {
 /// Gives where a section of `length` bytes stands that comes after the first `position` bytes.
 pub(super) fn place(position: u64, length: u64) -> Option<u64> {
     if length < PAGE { Some(position) } else { position.checked_next_multiple_of(PAGE) }
+}
+
+/// Gives the name of the section with an image's map.
+pub(super) fn map_section(image: &str) -> String {
+    format!("{image}.map")
 }
 
 pub(super) fn corrupt(detail: &str) -> ContainerError {

@@ -2,8 +2,11 @@
 
 use super::{ContainerError, Hash};
 use serde::{Deserialize, Serialize};
-use std::fmt;
-use vm_trait::{Mib, SnapshotMetadata, VmConfig};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
+use vm_trait::{Mib, SnapshotId, SnapshotMetadata, VmConfig};
 
 /// The contents of a container. Fields that a reader does not know are ignored; one that it must know needs another
 /// format.
@@ -17,8 +20,52 @@ pub struct Manifest {
     pub compatibility: Compatibility,
     /// The configuration of the machine.
     pub config: VmConfig,
+    /// The snapshot that images build on, where this one holds only what changed since then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<BaseLink>,
     /// The sections, in the order of the file.
     pub sections: Vec<SectionEntry>,
+}
+
+/// Which snapshot another one builds on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BaseLink {
+    /// Its name.
+    pub id: SnapshotId,
+    /// Where it was kept.
+    pub path: BasePath,
+    /// Its [seal](super::Sealed::seal).
+    pub seal: Hash,
+}
+
+/// Where the file of a base is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BasePath {
+    /// In the same directory: both can be moved together.
+    Beside(PathBuf),
+    /// At this path.
+    At(PathBuf),
+}
+
+impl BasePath {
+    /// Describes where `base` is for a snapshot at `path`.
+    #[must_use]
+    pub fn of(base: &Path, path: &Path) -> Self {
+        match base.file_name() {
+            Some(name) if base.parent() == path.parent() => Self::Beside(name.into()),
+            _ => Self::At(base.to_owned()),
+        }
+    }
+
+    /// Gives the path of the base of a snapshot at `path`.
+    #[must_use]
+    pub fn seen_from(&self, path: &Path) -> PathBuf {
+        match self {
+            Self::Beside(name) => path.with_file_name(name),
+            Self::At(base) => base.clone(),
+        }
+    }
 }
 
 /// What a machine must be like to load a snapshot.
@@ -47,6 +94,9 @@ pub struct SectionEntry {
     pub length: u64,
     /// The hash of its bytes.
     pub hash: Hash,
+    /// Whether it is an image; the next section is then its map.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub image: bool,
 }
 
 impl Compatibility {

@@ -1,13 +1,14 @@
 //! What the container promises, on a disk in memory.
 
 use super::*;
-use crate::machine::SectionSink;
+use crate::machine::{SectionSink, Sections};
 use memory_fs::{MemoryFs, run};
 use proptest::{collection::vec, prelude::*, sample::Index};
 use std::time::Duration;
 use vm_trait::{Mib, SnapshotId, SnapshotMetadata, VmConfig, VmId};
 
 mod atomicity;
+mod chains;
 mod integrity;
 mod memory_fs;
 
@@ -35,7 +36,7 @@ impl Draft {
             }
         }
         let Manifest { metadata, config, compatibility, .. } = self.manifest.clone();
-        writer.finish(metadata, config, compatibility).await
+        Ok(writer.finish(metadata, config, compatibility, None).await?.length)
     }
 
     fn bytes(&self) -> Bytes {
@@ -65,12 +66,14 @@ fn manifests() -> impl Strategy<Value = Manifest> {
             vcpus,
             memory: Mib(memory),
             label,
+            base: None,
         };
         let mut config = VmConfig::default();
         config.labels = labels;
         let memory = Mib(memory);
         let compatibility = Compatibility { backend, arch, vcpus, memory, agent_protocol };
-        Manifest { format: FORMAT, metadata, compatibility, config, sections: Vec::new() }
+        let (base, sections) = (None, Vec::new());
+        Manifest { format: FORMAT, metadata, compatibility, config, base, sections }
     })
 }
 
@@ -111,7 +114,7 @@ proptest! {
         let bytes = Bytes::from(fs.get(Path::new(PATH)).unwrap());
         prop_assert_eq!(size, bytes.len() as u64);
 
-        let (manifest, sections) = run(open(&fs, Path::new(PATH))).unwrap();
+        let Chain { manifest, sections, .. } = run(open(&fs, Path::new(PATH))).unwrap();
         prop_assert_eq!(contents(&sections), draft.contents());
         for (entry, (name, content)) in manifest.sections.iter().zip(sections.iter()) {
             prop_assert_eq!(&entry.name, name);

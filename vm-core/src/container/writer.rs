@@ -1,15 +1,16 @@
 //! Writing a container, section by section.
 
 use super::{
-    Compatibility, ContainerError, FORMAT, Hash, MAX_MANIFEST, MAX_SECTION_NAME, MAX_SECTIONS,
-    Manifest, SectionEntry,
+    BaseLink, Compatibility, ContainerError, FORMAT, Hash, MAX_MANIFEST, MAX_SECTION_NAME,
+    MAX_SECTIONS, Manifest, SectionEntry,
     hash::Hasher,
-    layout::{self, PAGE, TRAILER_LEN, Trailer},
+    layout::{self, PAGE, TRAILER_LEN, Trailer, map_section},
     temp_file::TempFile,
     verify::hash_in_steps,
 };
 use crate::{
     host_fs::HostFs,
+    image::{ImageMap, Run},
     machine::{MachineError, SectionSink},
 };
 use async_trait::async_trait;
@@ -45,6 +46,17 @@ struct OpenSection {
     offset: Option<u64>,
     /// Its first bytes, until its place is decided.
     held: BytesMut,
+    /// Where they belong, of an image.
+    map: Option<ImageMap>,
+}
+
+/// What a written container is known by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sealed {
+    /// How long the file is, in bytes.
+    pub length: u64,
+    /// The hash of its manifest, which holds the hashes of all else: no other content has it.
+    pub seal: Hash,
 }
 
 impl ContainerWriter {
@@ -70,8 +82,8 @@ impl ContainerWriter {
         })
     }
 
-    /// Ends the container, makes it durable, gives it its name, and says how long it is. A file that stood at that name
-    /// is replaced.
+    /// Ends the container, makes it durable, gives it its name, and says what it became. A file that stood at that name
+    /// is replaced. With a base, what its images do not say is what stands there.
     ///
     /// # Errors
     /// [`ContainerError::Io`]: the old file, if there was one, is then as it was, unless only the directory could not
@@ -82,13 +94,14 @@ impl ContainerWriter {
         metadata: SnapshotMetadata,
         config: VmConfig,
         compatibility: Compatibility,
-    ) -> Result<u64, ContainerError> {
+        base: Option<BaseLink>,
+    ) -> Result<Sealed, ContainerError> {
         if let Some(error) = self.broken {
             return Err(error);
         }
-        self.end_section().await?;
+        self.end_with_map().await?;
         let sections = self.sections;
-        let manifest = Manifest { format: FORMAT, metadata, compatibility, config, sections };
+        let manifest = Manifest { format: FORMAT, metadata, compatibility, config, base, sections };
         // The one thing that JSON cannot hold is a path of a disk that is not Unicode.
         let manifest = serde_json::to_vec(&manifest)
             .map_err(|error| self.file.refuse(&format!("the manifest: {error}")))?;
@@ -109,7 +122,7 @@ impl ContainerWriter {
         self.gathered.extend_from_slice(&trailer.encode());
         self.file.write_all(self.gathered.freeze()).await?;
         self.file.commit().await?;
-        Ok(total_length)
+        Ok(Sealed { length: total_length, seal: trailer.manifest_hash })
     }
 
     /// Breaks the writer until [`settle`](Self::settle), in case the call in between is dropped.
@@ -136,13 +149,22 @@ impl ContainerWriter {
                 offset
             }
         };
-        self.sections.push(SectionEntry {
-            name: section.name,
-            offset,
-            length: section.length,
-            hash: section.hasher.finish(),
-        });
+        let image = section.map.is_some();
+        let OpenSection { name, length, hasher, .. } = section;
+        self.sections.push(SectionEntry { name, offset, length, hash: hasher.finish(), image });
         Ok(())
+    }
+
+    /// Ends a section, and writes the map of an image behind it.
+    async fn end_with_map(&mut self) -> Result<(), ContainerError> {
+        let image = self.open.as_ref().and_then(|section| {
+            Some((map_section(&section.name), section.map.as_ref()?.encode()))
+        });
+        self.end_section().await?;
+        let Some((name, map)) = image else { return Ok(()) };
+        self.open_section(&name, None)?;
+        self.grow_section(map).await?;
+        self.end_section().await
     }
 
     async fn append(&mut self, bytes: Bytes) -> Result<(), ContainerError> {
@@ -162,8 +184,16 @@ impl ContainerWriter {
         self.file.write_all(bytes).await
     }
 
-    async fn begin_section(&mut self, name: &str) -> Result<(), ContainerError> {
-        self.end_section().await?;
+    async fn begin_section(
+        &mut self,
+        name: &str,
+        map: Option<ImageMap>,
+    ) -> Result<(), ContainerError> {
+        self.end_with_map().await?;
+        self.open_section(name, map)
+    }
+
+    fn open_section(&mut self, name: &str, map: Option<ImageMap>) -> Result<(), ContainerError> {
         if name.is_empty() || name.len() > MAX_SECTION_NAME {
             return Err(ContainerError::Misuse(format!("`{name}` cannot name a section")));
         }
@@ -179,8 +209,21 @@ impl ContainerWriter {
             length: 0,
             offset: None,
             held: BytesMut::new(),
+            map,
         });
         Ok(())
+    }
+
+    /// Adds a run to the map of the image that is open.
+    fn add_run(&mut self, offset: u64, length: u64, content: bool) -> Result<(), ContainerError> {
+        let section = self.open.as_mut();
+        let Some((name, map)) =
+            section.and_then(|section| Some((&section.name, section.map.as_mut()?)))
+        else {
+            return Err(ContainerError::Misuse("an offset outside of any image".to_owned()));
+        };
+        let added = map.add(Run { offset, length, content });
+        added.map_err(|why| ContainerError::Misuse(format!("image `{name}`: {why}")))
     }
 
     async fn grow_section(&mut self, bytes: Bytes) -> Result<(), ContainerError> {
@@ -209,13 +252,39 @@ impl ContainerWriter {
 impl SectionSink for ContainerWriter {
     async fn begin(&mut self, name: &str) -> Result<(), MachineError> {
         self.arm()?;
-        let result = self.begin_section(name).await;
+        let result = self.begin_section(name, None).await;
         self.settle(result)
     }
 
     async fn write(&mut self, bytes: Bytes) -> Result<(), MachineError> {
         self.arm()?;
-        let result = self.grow_section(bytes).await;
+        let result = match &self.open {
+            Some(section) if section.map.is_some() => {
+                Err(ContainerError::Misuse("bytes of an image without an offset".to_owned()))
+            }
+            _ => self.grow_section(bytes).await,
+        };
+        self.settle(result)
+    }
+
+    async fn begin_image(&mut self, name: &str, total: u64) -> Result<(), MachineError> {
+        self.arm()?;
+        let result = self.begin_section(name, Some(ImageMap::new(total))).await;
+        self.settle(result)
+    }
+
+    async fn write_at(&mut self, offset: u64, bytes: Bytes) -> Result<(), MachineError> {
+        self.arm()?;
+        let mut result = self.add_run(offset, bytes.len() as u64, true);
+        if result.is_ok() {
+            result = self.grow_section(bytes).await;
+        }
+        self.settle(result)
+    }
+
+    async fn zeros_at(&mut self, offset: u64, length: u64) -> Result<(), MachineError> {
+        self.arm()?;
+        let result = self.add_run(offset, length, false);
         self.settle(result)
     }
 }

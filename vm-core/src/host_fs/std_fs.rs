@@ -144,6 +144,10 @@ impl HostFileReader for Reader {
         })
         .await
     }
+
+    fn file(&self) -> Option<&File> {
+        Some(&self.file)
+    }
 }
 
 /// Runs a call that blocks where it holds up no task.
@@ -200,9 +204,10 @@ mod tests {
             vcpus: 1,
             memory,
             label: None,
+            base: None,
         };
         let compatibility = Compatibility { backend, arch, vcpus: 1, memory, agent_protocol: 1 };
-        writer.finish(metadata, VmConfig::default(), compatibility).await.unwrap()
+        writer.finish(metadata, VmConfig::default(), compatibility, None).await.unwrap().length
     }
 
     proptest! {
@@ -301,7 +306,7 @@ mod tests {
         runtime().block_on(async {
             let size = write_container(&path, content.clone()).await;
             assert_eq!(fs::metadata(&path).unwrap().len(), size);
-            let (_, sections) = container::open(&StdFs, &path).await.unwrap();
+            let sections = container::open(&StdFs, &path).await.unwrap().sections;
             assert_eq!(sections.get("ram").unwrap(), &content);
             let bytes = container::read_verified(&StdFs, &path).await.unwrap();
             let copy = dir.path().join("copy");

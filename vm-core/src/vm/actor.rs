@@ -4,13 +4,18 @@
 //! half-done: the actor finishes it or undoes it. Whatever the actor waits for, it also waits for a stop, for the
 //! machine's end and for the deadline.
 
-use super::{capture::Saved, core::Core, lifecycle::Origin};
+use super::{
+    capture::{Saved, Tracked},
+    core::Core,
+    lifecycle::Origin,
+};
 use crate::{
     error::kind_of_exit,
     machine::{Machine, MachineError, MachineExit, MachineStatus},
 };
 use futures_core::future::BoxFuture;
 use std::{
+    collections::VecDeque,
     future::{Future, poll_fn},
     pin::pin,
     sync::Arc,
@@ -85,6 +90,8 @@ pub(super) struct Actor {
     pub(super) exit: Option<BoxFuture<'static, MachineExit>>,
     /// The guest was restored or forked and has neither been reseeded nor had its clock set.
     pub(super) stale_guest: bool,
+    /// The snapshots that another one can be taken on, the oldest first.
+    pub(super) tracked: VecDeque<Tracked>,
     /// Which call began the machine's present or last life.
     brought_up_by: Option<Token>,
 }
@@ -122,7 +129,7 @@ impl Command {
 
 impl Actor {
     pub(super) fn new(core: Arc<Core>) -> Self {
-        Self { core, exit: None, stale_guest: false, brought_up_by: None }
+        Self { core, exit: None, stale_guest: false, tracked: VecDeque::new(), brought_up_by: None }
     }
 
     pub(super) async fn run(mut self) {
@@ -186,7 +193,8 @@ impl Actor {
                 .await
                 .map(|seen| Answer::Inspection(Box::new(seen))),
             (Ok(()), Work::Adopt { machine, resume }) => {
-                done(Box::pin(self.revive(&mut reply, Origin::Forked(machine), resume)).await)
+                let origin = Origin::Forked(machine);
+                done(Box::pin(self.revive(&mut reply, origin, resume)).await)
             }
             (Ok(()), Work::Undo(token)) if self.brought_up_by != Some(token) => Ok(Answer::Done),
             (Ok(()), Work::Stop(options)) => done(self.stop(&options).await),
@@ -330,6 +338,7 @@ impl Actor {
             client.end(why);
         }
         self.stale_guest = false;
+        self.tracked.clear();
         self.exit = None;
         let Some(machine) = machine else { return Ok(()) };
         let env = self.core.parts.env.clone();

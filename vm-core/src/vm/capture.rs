@@ -7,11 +7,14 @@ use super::{
     lifecycle::Origin,
 };
 use crate::{
-    container::{self, Compatibility, ContainerWriter, Manifest},
-    machine::{Machine, MachineSpec, Sections},
+    container::{self, BaseLink, BasePath, Chain, Compatibility, ContainerWriter, Hash, MAX_CHAIN},
+    machine::{CaptureOrder, Generation, Machine, MachineSpec},
 };
 use futures_util::future::join_all;
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 use tokio::sync::oneshot;
 use vm_guest_protocol::PROTOCOL_VERSION;
 use vm_trait::{
@@ -24,10 +27,21 @@ const MOST_CHILDREN: u32 = 1024;
 
 /// A captured state to restore from.
 pub(crate) enum Saved {
-    /// To be read and verified.
+    /// To be opened.
     File(PathBuf),
-    /// Verified.
-    Loaded(Box<Manifest>, Sections),
+    /// Opened from there.
+    Opened(PathBuf, Box<Chain>),
+}
+
+/// A snapshot that another one can be taken on.
+#[derive(Clone, Debug)]
+pub(super) struct Tracked {
+    id: SnapshotId,
+    path: PathBuf,
+    seal: Hash,
+    /// How many files it needs, its own included.
+    length: usize,
+    generation: Generation,
 }
 
 impl Actor {
@@ -41,6 +55,10 @@ impl Actor {
         let env = &core.parts.env;
         let id = SnapshotId(env.random_u64());
         let after = core.config.timeouts.capture;
+        let base = match &options.base {
+            Some(base) => Some(self.base(reply, base, options.path.as_deref()).await?),
+            None => None,
+        };
         let path = match options.path {
             Some(path) => path,
             None => match self.drive(reply, after, core.parts.snapshot_path(id)).await {
@@ -57,6 +75,7 @@ impl Actor {
             vcpus: core.config.vcpus,
             memory: core.config.memory,
             label: options.label,
+            base: base.as_ref().map(|base| base.id),
         };
         let mut writer = {
             let created = ContainerWriter::create(core.parts.fs.clone(), &path, env.random_u64());
@@ -70,7 +89,11 @@ impl Actor {
         if was_running {
             self.hold().await?;
         }
-        let captured = self.drive(reply, after, machine.capture()).await;
+        let order = CaptureOrder {
+            since: base.as_ref().map(|base| base.generation),
+            track: options.tracked || base.is_some(),
+        };
+        let captured = self.drive(reply, after, machine.capture(order)).await;
         if was_running && !matches!(captured, Err(Cut::Exited(_) | Cut::Preempted)) {
             self.let_go().await?;
         }
@@ -84,13 +107,67 @@ impl Actor {
             Err(cut) => return Err(self.give_up(cut).await),
         }
         let (config, fits) = ((*core.config).clone(), compatibility(&core));
-        let finished = Box::pin(writer.finish(metadata.clone(), config, fits));
-        match self.drive(reply, after, finished).await {
+        let length = 1 + base.as_ref().map_or(0, |base| base.length);
+        let link = base.map(|base| BaseLink {
+            id: base.id,
+            path: BasePath::of(&base.path, &path),
+            seal: base.seal,
+        });
+        let finished = Box::pin(writer.finish(metadata.clone(), config, fits, link));
+        let sealed = match self.drive(reply, after, finished).await {
             Ok(finished) => finished?,
             Err(cut) => return Err(self.give_up(cut).await),
         };
+        if let Some(generation) = captured.generation() {
+            self.track(Tracked { id, path: path.clone(), seal: sealed.seal, length, generation });
+        }
         core.publish(&VmEvent::SnapshotTaken(id));
         Ok(Snapshot::new(path, metadata))
+    }
+
+    /// Finds the base of a snapshot that is to be taken, and makes sure that it is still where it was.
+    async fn base(
+        &mut self,
+        reply: &mut Reply,
+        base: &Snapshot,
+        path: Option<&Path>,
+    ) -> Result<Tracked, VmErrorKind> {
+        let refuse = |reason: String| VmErrorKind::invalid("base", reason);
+        let id = base.metadata.id;
+        let tracked = self.tracked.iter().find(|tracked| tracked.id == id).cloned();
+        let tracked = tracked.ok_or_else(|| {
+            refuse(format!(
+                "what changed since {id} is not known; take a snapshot with `tracked` first"
+            ))
+        })?;
+        if tracked.length >= MAX_CHAIN {
+            return Err(refuse(format!(
+                "{id} builds on {} others; merge it, and take a tracked one",
+                tracked.length - 1
+            )));
+        }
+        if path == Some(&tracked.path) {
+            return Err(refuse(format!("{id} is in the file that would be written")));
+        }
+        let core = self.core.clone();
+        let after = core.config.timeouts.capture;
+        let seal = container::seal(&*core.parts.fs, &tracked.path);
+        let seal = match self.drive(reply, after, seal).await {
+            Ok(seal) => seal?,
+            Err(cut) => return Err(self.give_up(cut).await),
+        };
+        if seal != tracked.seal {
+            let detail = format!("{} is no longer {id}", tracked.path.display());
+            return Err(VmErrorKind::SnapshotCorrupt { detail });
+        }
+        Ok(tracked)
+    }
+
+    fn track(&mut self, tracked: Tracked) {
+        self.tracked.push_back(tracked);
+        if self.tracked.len() > Generation::KEPT {
+            self.tracked.pop_front();
+        }
     }
 
     pub(super) async fn restore(
@@ -100,19 +177,27 @@ impl Actor {
         options: RestoreOptions,
     ) -> Result<(), VmErrorKind> {
         let core = self.core.clone();
-        let (manifest, sections) = match saved {
-            Saved::Loaded(manifest, sections) => (*manifest, sections),
+        let (path, chain) = match saved {
+            Saved::Opened(path, chain) => (path, *chain),
             Saved::File(path) => {
                 let after = core.config.timeouts.capture;
                 let opened = container::open(&*core.parts.fs, &path);
-                match self.drive(reply, after, opened).await {
+                let chain = match self.drive(reply, after, opened).await {
                     Ok(opened) => opened?,
                     Err(cut) => return Err(self.give_up(cut).await),
-                }
+                };
+                (path, chain)
             }
         };
+        let Chain { manifest, sections, seal, length } = chain;
         manifest.compatibility.check(&compatibility(&core))?;
-        self.revive(reply, Origin::Load(sections), options.resume).await
+        let track = options.tracked;
+        self.revive(reply, Origin::Load { sections, track }, options.resume).await?;
+        if track {
+            let (id, generation) = (manifest.metadata.id, Generation::LOADED);
+            self.track(Tracked { id, path, seal, length, generation });
+        }
+        Ok(())
     }
 
     pub(super) async fn fork(

@@ -5,7 +5,10 @@ use crate::{
     agent::{AgentClient, ClientParts, LinkListener},
     machine::{Machine, MachineError, MachineExit, MachineSpec, Sections},
 };
-use futures_util::future::{Either, select};
+use futures_util::{
+    TryFutureExt,
+    future::{Either, select, try_join},
+};
 use std::{future::poll_fn, pin::pin, sync::Arc, task::Poll, time::Duration};
 use vm_trait::{
     BootStage, BootTimes, Capability, CrashReason, StateInput, StopOptions, VmErrorKind,
@@ -14,7 +17,7 @@ use vm_trait::{
 /// Where a new machine's state comes from.
 pub(super) enum Origin {
     Boot,
-    Load(Sections),
+    Load { sections: Sections, track: bool },
     Forked(Arc<dyn Machine>),
 }
 
@@ -122,18 +125,14 @@ impl Actor {
         };
         let boots = matches!(origin, Origin::Boot);
         let at = |stage| move |failure| (stage, failure);
-        let (machine, sections) = match origin {
-            Origin::Forked(machine) => (machine, None),
-            Origin::Boot | Origin::Load(_) => {
-                let loads = !boots;
-                let spec = MachineSpec { vm: core.id, life, config: core.config.clone(), loads };
-                let made = core.parts.hypervisor.create(&spec);
-                let made = self.drive(reply, left(&core), made).await;
-                let machine = flatten(made).map_err(at(BootStage::Machine))?;
-                let sections = if let Origin::Load(it) = origin { Some(it) } else { None };
-                (machine, sections)
+        let (machine, loaded) = match origin {
+            Origin::Forked(machine) => (Ok(machine), None),
+            Origin::Boot => (self.make(reply, life, left(&core), false).await, None),
+            Origin::Load { sections, track } => {
+                (self.make(reply, life, left(&core), true).await, Some((sections, track)))
             }
         };
+        let machine = machine.map_err(at(BootStage::Machine))?;
         let made_at = core.now();
         self.take_machine(machine.clone());
         let entered = self
@@ -141,19 +140,31 @@ impl Actor {
                 if boots {
                     return machine.boot().await;
                 }
-                if let Some(sections) = &sections {
-                    machine.load(sections).await?;
+                if let Some((sections, track)) = &loaded {
+                    machine.load(sections, *track).await?;
                 }
                 if resume { machine.resume().await } else { Ok(()) }
             })
             .await;
-        flatten(entered).map_err(at(BootStage::Kernel))?;
+        let mut outcome = flatten(entered).map_err(at(BootStage::Kernel));
         let entered_at = core.now();
-        if resume {
-            self.greet(reply, left(&core), !boots).await.map_err(at(BootStage::Handshake))?;
-        } else {
+        // What stands in images is verified while the guest gets going. Until it is, nobody may use the machine.
+        let sections = loaded.map(|(sections, _)| sections);
+        if outcome.is_ok() && resume {
+            let greeted = self.greet(reply, left(&core), !boots, sections.as_ref()).await;
+            outcome = greeted.map_err(at(BootStage::Handshake));
+        } else if outcome.is_ok() {
             self.stale_guest = true;
         }
+        if let Some(sections) = &sections {
+            // A damaged guest may fail in any way; the damage is then the reason.
+            let wanted = !matches!(&outcome, Err((_, Failure::Cut(Cut::Preempted | Cut::CallerGone))));
+            if wanted {
+                let verified = self.drive(reply, left(&core), sections.verify()).await;
+                flatten(verified).map_err(at(BootStage::Kernel))?;
+            }
+        }
+        outcome?;
         let ready_at = core.now();
         let times = BootTimes::new(
             made_at.saturating_sub(began),
@@ -166,6 +177,20 @@ impl Actor {
         Ok(())
     }
 
+    /// Makes a machine that does not run yet.
+    async fn make(
+        &mut self,
+        reply: &mut Reply,
+        life: u64,
+        after: Duration,
+        loads: bool,
+    ) -> Result<Arc<dyn Machine>, Failure> {
+        let core = self.core.clone();
+        let spec = MachineSpec { vm: core.id, life, config: core.config.clone(), loads };
+        let made = core.parts.hypervisor.create(&spec);
+        flatten(self.drive(reply, after, made).await)
+    }
+
     fn take_machine(&mut self, machine: Arc<dyn Machine>) {
         let watched = machine.clone();
         self.exit = Some(Box::pin(async move { watched.wait().await }));
@@ -173,17 +198,23 @@ impl Actor {
         self.core.lock().machine = Some(machine);
     }
 
-    /// Connects to the agent and makes the guest fit for use: its clock, and after a restore its random pool.
+    /// Connects to the agent and makes the guest fit for use: its clock, and after a restore its random pool. Meanwhile what
+    /// it was restored from is verified.
     async fn greet(
         &mut self,
         reply: &mut Reply,
         after: Duration,
         restored: bool,
+        sections: Option<&Sections>,
     ) -> Result<(), Failure> {
         let machine = self.machine().map_err(Failure::Guest)?;
         let client = self.client_for(machine);
         let (core, own_kernel) = (self.core.clone(), self.core.has(Capability::GuestKernel));
-        let greeted = self.drive(reply, after, async {
+        let verified = async {
+            let Some(sections) = sections else { return Ok(()) };
+            sections.verify().await.map_err(Failure::Machine)
+        };
+        let talk = async {
             client.ready().await?;
             if own_kernel {
                 if restored {
@@ -194,13 +225,14 @@ impl Actor {
                 client.set_clock(core.parts.env.wall_clock()).await?;
             }
             Ok(())
-        });
-        match greeted.await {
-            Ok(Ok(())) => {
+        };
+        let greeted = try_join(verified, talk.map_err(Failure::Guest));
+        match self.drive(reply, after, greeted).await {
+            Ok(Ok(_)) => {
                 self.stale_guest = false;
                 Ok(())
             }
-            Ok(Err(kind)) => Err(Failure::Guest(kind)),
+            Ok(Err(failure)) => Err(failure),
             Err(cut) => Err(Failure::Cut(cut)),
         }
     }
@@ -278,7 +310,7 @@ impl Actor {
     async fn refresh_guest(&mut self, after: Duration) -> Result<(), VmErrorKind> {
         if self.stale_guest {
             let (mut reply, _kept) = tokio::sync::oneshot::channel();
-            let failure = match self.greet(&mut reply, after, true).await {
+            let failure = match self.greet(&mut reply, after, true, None).await {
                 Ok(()) => return Ok(()),
                 Err(failure) => failure,
             };

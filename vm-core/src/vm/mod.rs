@@ -298,7 +298,11 @@ impl VmInstance for CoreVm {
 
     async fn snapshot(&self, options: SnapshotOptions) -> VmResult<Snapshot> {
         let call = self.core.call(Operation::Snapshot, "");
-        let answer = match self.core.require(Capability::Snapshot) {
+        let mut allowed = self.core.require(Capability::Snapshot);
+        if options.tracked || options.base.is_some() {
+            allowed = allowed.and(self.core.require(Capability::IncrementalSnapshot));
+        }
+        let answer = match allowed {
             Ok(()) => self.ask(Work::Snapshot(options)).await,
             Err(kind) => Err(kind),
         };
@@ -310,7 +314,11 @@ impl VmInstance for CoreVm {
 
     async fn restore(&self, snapshot: &Snapshot, options: RestoreOptions) -> VmResult<()> {
         let call = self.core.call(Operation::Restore, "");
-        let restored = match self.core.require(Capability::RestoreInPlace) {
+        let mut allowed = self.core.require(Capability::RestoreInPlace);
+        if options.tracked {
+            allowed = allowed.and(self.core.require(Capability::IncrementalSnapshot));
+        }
+        let restored = match allowed {
             Ok(()) => {
                 let saved = Saved::File(snapshot.path.clone());
                 self.bring_up(|token| Work::Restore(saved, options, token)).await

@@ -19,7 +19,7 @@ use vm_core::{
     env::TokioEnv,
     host_fs::StdFs,
     machine::{
-        Acceptor, Captured, Hypervisor, Link, Machine, MachineError, MachineExit, MachineSpec,
+        Acceptor, CaptureOrder, Captured, Generation, Hypervisor, Link, Machine, MachineError, MachineExit, MachineSpec,
         MachineStats, MachineStatus, SectionSink, Sections,
     },
     observe::NoObserver,
@@ -162,6 +162,10 @@ struct Nothing;
 
 #[async_trait]
 impl Captured for Nothing {
+    fn generation(&self) -> Option<Generation> {
+        None
+    }
+
     async fn write(&mut self, _: &mut dyn SectionSink) -> Result<(), MachineError> {
         Ok(())
     }
@@ -228,12 +232,12 @@ impl Machine for IllMachine {
         }
     }
 
-    async fn capture(&self) -> Result<Box<dyn Captured>, MachineError> {
+    async fn capture(&self, _: CaptureOrder) -> Result<Box<dyn Captured>, MachineError> {
         self.obey(MachineStatus::Paused).await?;
         Ok(Box::new(Nothing))
     }
 
-    async fn load(&self, _: &Sections) -> Result<(), MachineError> {
+    async fn load(&self, _: &Sections, _: bool) -> Result<(), MachineError> {
         self.obey(MachineStatus::Paused).await
     }
 

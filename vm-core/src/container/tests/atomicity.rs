@@ -117,7 +117,7 @@ proptest! {
         run(writer.begin("ram")).unwrap();
         let written = run_at_most(polls, writer.write(chunk));
         prop_assert!(written.is_none());
-        let finished = run(writer.finish(metadata, config, compatibility));
+        let finished = run(writer.finish(metadata, config, compatibility, None));
         // A write that was never polled was never begun, and leaves no hole.
         prop_assert_eq!(finished.is_ok(), polls == 0);
         prop_assert_eq!(fs.paths().len(), usize::from(polls == 0));
@@ -147,7 +147,7 @@ proptest! {
         prop_assert!(refused.is_err());
         prop_assert!(run(writer.begin("fine")).is_err());
         let Manifest { metadata, config, compatibility, .. } = draft.manifest;
-        let finished = run(writer.finish(metadata, config, compatibility));
+        let finished = run(writer.finish(metadata, config, compatibility, None));
         prop_assert!(matches!(finished, Err(ContainerError::Misuse(_))));
         prop_assert_eq!(fs.paths().len(), 0);
     }
@@ -225,12 +225,12 @@ fn a_configuration_that_cannot_be_written_is_an_error() {
     let mut config = VmConfig::default();
     config.disks.push(DiskConfig::new(OsStr::from_bytes(b"/disk\xff"), "/data"));
     let writer = run(ContainerWriter::create(fs.shared(), Path::new(PATH), 1)).unwrap();
-    let refused = run(writer.finish(metadata.clone(), config, compatibility.clone())).unwrap_err();
+    let refused = run(writer.finish(metadata.clone(), config, compatibility.clone(), None)).unwrap_err();
     assert!(matches!(VmErrorKind::from(refused), VmErrorKind::HostIo { .. }));
 
     let mut config = VmConfig::default();
     config.env.insert("LONG".to_owned(), "x".repeat(MAX_MANIFEST));
     let writer = run(ContainerWriter::create(fs.shared(), Path::new(PATH), 1)).unwrap();
-    assert!(run(writer.finish(metadata, config, compatibility)).is_err());
+    assert!(run(writer.finish(metadata, config, compatibility, None)).is_err());
     assert!(fs.paths().is_empty());
 }

@@ -119,7 +119,7 @@ proptest! {
         prop_assert_eq!(refused.unwrap_err(), ContainerError::Incompatible {
             field: "format".to_owned(),
             found: format.to_string(),
-            wanted: "1".to_owned(),
+            wanted: FORMAT.to_string(),
         });
     }
 
@@ -137,9 +137,9 @@ proptest! {
     }
 }
 
-/// What a container of format 1 says; neither may a reader lose the ability to read it, nor trip over what it adds.
+/// What a container of format 2 says; neither may a reader lose the ability to read it, nor trip over what it adds.
 pub(super) const OLD_MANIFEST: &str = r#"{
-    "format": 1,
+    "format": 2,
     "metadata": {
         "id": 1, "vm": 2, "backend": "sim", "taken_at": {"secs": 3, "nanos": 4},
         "arch": "x86_64", "vcpus": 1, "memory": 128
