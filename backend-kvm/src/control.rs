@@ -18,13 +18,13 @@ pub const CONTROL_FD: i32 = 3;
 pub const LIFELINE_FD: i32 = 4;
 
 /// The version of these messages; both sides must have the same.
-pub const CONTROL_VERSION: u32 = 6;
+pub const CONTROL_VERSION: u32 = 7;
 
 /// The largest packet, in bytes.
 pub const MAX_PACKET: usize = 64 << 10;
 
 /// The most descriptors beside one packet.
-pub const MAX_FDS: usize = 32;
+pub const MAX_FDS: usize = 64;
 
 /// What an owner says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,13 +34,20 @@ pub enum ToLauncher {
     /// [`console_file`](MachineSetUp::console_file) says so; then each of [`disks`](MachineSetUp::disks).
     SetUp(Box<MachineSetUp>),
     /// Describes a machine that was saved; it is then paused where it was. It comes in place of
-    /// [`SetUp`](Self::SetUp) and is answered like it. Descriptors: the state; where memory belongs; a file with memory;
-    /// then the same as with `SetUp` from the console ring on.
+    /// [`SetUp`](Self::SetUp) and is answered like it. Descriptors: the state; a file that says which part of memory
+    /// stands where; the files in which memory stands; then the same as with `SetUp` from the console ring on.
+    ///
+    /// A part of memory is said with four little-endian `u64`: its address as the guest knows it, its length, the number
+    /// of the file, counted from zero, and the place in that. All but the file's number are multiples of 4096. The
+    /// parts are in ascending order and do not overlap; all other memory is zeros. The files must stay as they are for
+    /// as long as the launcher lives.
     Load {
         /// The machine, without anything to boot.
         set_up: Box<MachineSetUp>,
-        /// Where memory begins in its file, a multiple of 4096.
-        memory_at: u64,
+        /// In how many files memory stands.
+        memory_files: u8,
+        /// Whether to keep track of what changes from here on, as generation 0.
+        track: bool,
     },
     /// Asks for something.
     Request {
@@ -135,7 +142,12 @@ pub enum Request {
     },
     /// Save this paused machine as it is now. Once this is answered, the machine may go on; what it was comes through the
     /// pipe, whose writing end is the first descriptor. The others are an empty file for each writable disk.
-    Capture,
+    Capture {
+        /// Of memory and disks, only what changed since this generation.
+        since: Option<u64>,
+        /// Whether to keep track of what changes from here on.
+        track: bool,
+    },
     /// Make a copy of this paused machine, as it is now, in a process of its own that shares memory until either side
     /// writes. Descriptors: the copy's control socket; its lifeline; a file for its standard error; its console ring,
     /// with what is to stand in it; the console file where the set-up said so; and for each writable disk an empty
@@ -194,6 +206,11 @@ pub enum Answer {
     Stats(Stats),
     /// What it looks like.
     Inspection(Box<Inspection>),
+    /// The capture has begun.
+    Captured {
+        /// The generation that begins with it, where changes are kept track of.
+        generation: Option<u64>,
+    },
     /// The copy was made.
     Forked {
         /// The number of its process.
@@ -250,6 +267,9 @@ pub enum Refusal {
     /// What was saved makes no sense.
     #[error("damaged state: {0}")]
     Corrupt(String),
+    /// What changed since this generation is not known.
+    #[error("nobody knows what changed since generation {0}")]
+    Generation(u64),
     /// The machine is not in a state for it.
     #[error("the machine is {0:?}")]
     State(Status),

@@ -8,7 +8,7 @@ use crate::{
     launcher::{LauncherProgram, NoLauncher, Started},
     life::{Life, Lives, StageTimes, host},
     machine::{KvmMachine, name_of},
-    snapshot::load::{Saved, restore_disk},
+    snapshot::load::Saved,
 };
 use async_trait::async_trait;
 use std::{
@@ -19,7 +19,7 @@ use std::{
     sync::{Arc, OnceLock},
 };
 use tokio::task::spawn_blocking;
-use vm_core::machine::{Hypervisor, Machine, MachineError, MachineSpec, Sections};
+use vm_core::machine::{Hypervisor, Machine, MachineError, MachineSpec};
 use vm_guest_image::Need;
 use vm_guest_protocol::boot::{BootConfig, BootDisk, BootRoot};
 use vm_trait::{Capabilities, Capability, DiskConfig, HostLimits, Mib, RootSource, VmConfig, VmId};
@@ -303,6 +303,7 @@ fn start(
 pub(crate) struct LoadParcel {
     set_up: MachineSetUp,
     saved: Saved,
+    track: bool,
     console_file: Option<File>,
     disks: Vec<File>,
 }
@@ -310,35 +311,40 @@ pub(crate) struct LoadParcel {
 impl LoadParcel {
     /// Puts together what was saved and what the configuration names. It blocks.
     pub(crate) fn new(
-        sections: &Sections,
+        mut saved: Saved,
         config: &VmConfig,
         name: String,
+        track: bool,
     ) -> Result<Self, MachineError> {
-        let saved = Saved::new(sections)?;
         let mut devices = Devices::default();
         if let RootSource::Image(path) = &config.root.source {
             devices.add_root(path, config.root.read_only, &mut Vec::new())?;
         }
-        let mut writable = 0;
+        let mut restored = saved.disks.drain(..);
         for (index, disk) in config.disks.iter().enumerate() {
-            let own = if disk.read_only { None } else { Some(restore_disk(sections, writable)?) };
-            writable += usize::from(own.is_some());
+            let own = if disk.read_only { None } else { restored.next() };
             devices.add_disk(index, disk, own)?;
         }
+        drop(restored);
         let console_file = config.console_file.as_deref().map(files::open_console_file);
         let console_file = console_file.transpose()?;
         let logs = console_file.is_some();
         let set_up = MachineSetUp { disks: devices.set_ups, ..plain_set_up(config, name, logs) };
-        Ok(Self { set_up, saved, console_file, disks: devices.files })
+        Ok(Self { set_up, saved, track, console_file, disks: devices.files })
     }
 
     /// Gives the message, and its descriptors in order.
     pub(crate) fn packet<'a>(&'a self, ring: BorrowedFd<'a>) -> (ToLauncher, Vec<BorrowedFd<'a>>) {
-        let Saved { state, runs, memory } = &self.saved;
-        let mut fds = vec![state.as_fd(), runs.as_fd(), memory.as_fd(), ring];
+        let Saved { state, pieces, memory, disks: _ } = &self.saved;
+        let mut fds = vec![state.as_fd(), pieces.as_fd()];
+        fds.extend(memory.iter().map(AsFd::as_fd));
+        fds.push(ring);
         fds.extend(self.console_file.as_ref().map(AsFd::as_fd));
         fds.extend(self.disks.iter().map(AsFd::as_fd));
-        (ToLauncher::Load { set_up: Box::new(self.set_up.clone()), memory_at: 0 }, fds)
+        let set_up = Box::new(self.set_up.clone());
+        // More would not fit beside a packet, which is refused when it is sent.
+        let memory_files = u8::try_from(memory.len()).unwrap_or(u8::MAX);
+        (ToLauncher::Load { set_up, memory_files, track: self.track }, fds)
     }
 }
 

@@ -606,7 +606,9 @@ impl From<Refusal> for MachineError {
                 Self::Incompatible { field, found, wanted }
             }
             Refusal::Corrupt(reason) => Self::Corrupt(reason),
-            refusal @ Refusal::State(_) => Self::Failed(refusal.to_string()),
+            refusal @ (Refusal::State(_) | Refusal::Generation(_)) => {
+                Self::Failed(refusal.to_string())
+            }
             Refusal::Failed(reason) => Self::Failed(reason),
         }
     }

@@ -6,7 +6,7 @@ use crate::{
     hypervisor::LoadParcel,
     launcher::{Ours, Process, Started},
     life::{Life, Listening, Lives, host},
-    snapshot::capture::Capture,
+    snapshot::{capture::Capture, load::Saved},
     vmm::memory_end,
 };
 use async_trait::async_trait;
@@ -27,8 +27,8 @@ use tokio::{
     task::spawn_blocking,
 };
 use vm_core::machine::{
-    Acceptor, Captured, Link, Machine, MachineError, MachineExit, MachineSpec, MachineStats,
-    MachineStatus, Sections,
+    Acceptor, CaptureOrder, Captured, Generation, Link, Machine, MachineError, MachineExit,
+    MachineSpec, MachineStats, MachineStatus, Sections,
 };
 use vm_trait::{Inspection, VmConfig};
 
@@ -151,7 +151,7 @@ impl Machine for KvmMachine {
         Ok(Box::new(KvmAcceptor(self.life.listen(port).await?)))
     }
 
-    async fn capture(&self) -> Result<Box<dyn Captured>, MachineError> {
+    async fn capture(&self, order: CaptureOrder) -> Result<Box<dyn Captured>, MachineError> {
         let of_host = |error: io::Error| host(&error);
         let (its, ours) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
             .map(|(ours, its)| (its, ours))
@@ -162,19 +162,23 @@ impl Machine for KvmMachine {
         let disks = own_disks(&self.config)?;
         let mut fds = vec![its.as_fd()];
         fds.extend(disks.iter().map(AsFd::as_fd));
-        match self.life.request(Request::Capture, &fds).await? {
-            Answer::Done => {}
+        let since = order.since.map(|generation| generation.0);
+        let request = Request::Capture { since, track: order.track };
+        let generation = match self.life.request(request, &fds).await? {
+            Answer::Captured { generation } => generation.map(Generation),
             other => return Err(unexpected(&other)),
-        }
+        };
         let lengths = disks.iter().map(|disk| disk.metadata().map(|about| about.len()));
         let lengths = lengths.collect::<io::Result<_>>().map_err(of_host)?;
-        Ok(Box::new(Capture::new(ours, memory_end(self.config.memory.0), lengths)))
+        Ok(Box::new(Capture::new(ours, memory_end(self.config.memory.0), lengths, generation)))
     }
 
-    async fn load(&self, sections: &Sections) -> Result<(), MachineError> {
-        let (sections, config, name) = (sections.clone(), self.config.clone(), self.name.clone());
+    async fn load(&self, sections: &Sections, track: bool) -> Result<(), MachineError> {
+        let writable = self.config.disks.iter().filter(|disk| !disk.read_only).count();
+        let saved = Saved::new(sections, writable).await?;
+        let (config, name) = (self.config.clone(), self.name.clone());
         let ring = self.life.ring().try_clone_to_owned().map_err(|error| host(&error))?;
-        let parcel = spawn_blocking(move || LoadParcel::new(&sections, &config, name));
+        let parcel = spawn_blocking(move || LoadParcel::new(saved, &config, name, track));
         let parcel = parcel.await.map_err(|error| MachineError::Failed(error.to_string()))??;
         let (message, fds) = parcel.packet(ring.as_fd());
         self.life.set_up(&message, &fds).await

@@ -2,8 +2,8 @@
 
 use std::io;
 
-/// The length of a frame's header: part and length as `u32`, offset as `u64`, all little-endian.
-pub(crate) const HEADER: usize = 16;
+/// The length of a frame's header: part and kind as `u32`, offset and length as `u64`, all little-endian.
+pub(crate) const HEADER: usize = 24;
 
 /// The most bytes behind one header.
 pub(crate) const MAX_CONTENT: usize = 1 << 20;
@@ -26,14 +26,25 @@ const MEMORY: u32 = 1;
 const FIRST_DISK: u32 = 0x100;
 const END: u32 = u32::MAX;
 
-/// The header of some content.
+const CONTENT: u32 = 0;
+const ZEROS: u32 = 1;
+
+/// A header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Frame {
     pub(crate) part: Part,
-    /// Where the content belongs in its part.
+    /// Where in its part that belongs which is told.
     pub(crate) offset: u64,
-    /// How long it is.
-    pub(crate) len: usize,
+    pub(crate) told: Told,
+}
+
+/// What a frame tells of its part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Told {
+    /// These many bytes follow the header, at most [`MAX_CONTENT`].
+    Content(usize),
+    /// There are so many zeros, which do not follow; as many as the part can have.
+    Zeros(u64),
 }
 
 impl Frame {
@@ -45,23 +56,29 @@ impl Frame {
             Part::Disk(number) => FIRST_DISK + u32::from(number),
             Part::End => END,
         };
+        let (kind, length) = match self.told {
+            Told::Content(length) => (CONTENT, length as u64),
+            Told::Zeros(length) => (ZEROS, length),
+        };
         let mut bytes = [0; HEADER];
         bytes[..4].copy_from_slice(&part.to_le_bytes());
-        bytes[4..8].copy_from_slice(&u32::try_from(self.len).unwrap_or(u32::MAX).to_le_bytes());
-        bytes[8..].copy_from_slice(&self.offset.to_le_bytes());
+        bytes[4..8].copy_from_slice(&kind.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.offset.to_le_bytes());
+        bytes[16..].copy_from_slice(&length.to_le_bytes());
         bytes
     }
 
     /// Reads a header.
     ///
     /// # Errors
-    /// For a part that is none, and content that is too long, or there where there is none.
+    /// For a part or a kind that is none, and content that is too long, or there where there is none.
     pub(crate) fn decode(bytes: [u8; HEADER]) -> io::Result<Self> {
-        let [part, len] = [0, 4]
-            .map(|at| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]));
-        let mut offset = [0; 8];
-        offset.copy_from_slice(&bytes[8..]);
+        let number =
+            |at: usize| u32::from_le_bytes(bytes[at..].first_chunk().copied().unwrap_or_default());
+        let long =
+            |at: usize| u64::from_le_bytes(bytes[at..].first_chunk().copied().unwrap_or_default());
         let bad = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
+        let part = number(0);
         let disk = || u8::try_from(part.wrapping_sub(FIRST_DISK)).ok().map(Part::Disk);
         let part = match part {
             STATE => Part::State,
@@ -69,11 +86,16 @@ impl Frame {
             END => Part::End,
             _ => disk().ok_or_else(|| bad(format!("part {part:#x}")))?,
         };
-        let len = usize::try_from(len).unwrap_or(usize::MAX);
-        if len > MAX_CONTENT || (len == 0) != (part == Part::End) {
-            return Err(bad(format!("{len} bytes of {part:?}")));
-        }
-        Ok(Self { part, offset: u64::from_le_bytes(offset), len })
+        let (kind, length) = (number(4), long(16));
+        let short = usize::try_from(length).ok().filter(|length| *length <= MAX_CONTENT);
+        let told = match (kind, short) {
+            (CONTENT, Some(short)) if (short == 0) == (part == Part::End) => Told::Content(short),
+            (ZEROS, _) if length > 0 && matches!(part, Part::Memory | Part::Disk(_)) => {
+                Told::Zeros(length)
+            }
+            _ => return Err(bad(format!("{length} bytes of kind {kind} of {part:?}"))),
+        };
+        Ok(Self { part, offset: long(8), told })
     }
 }
 
@@ -84,16 +106,29 @@ mod tests {
 
     proptest! {
         #[test]
-        fn headers_come_back(kind in 0..3, number: u8, offset: u64, len in 1..=MAX_CONTENT) {
-            let part = [Part::State, Part::Memory, Part::Disk(number)][usize::try_from(kind).unwrap()];
-            let frame = Frame { part, offset, len };
-            prop_assert_eq!(Frame::decode(frame.encode()).unwrap(), frame);
+        fn headers_come_back(kind in 0_usize..3, number: u8, offset: u64, len in 1..=MAX_CONTENT, zeros in 0_u64..) {
+            let part = [Part::State, Part::Memory, Part::Disk(number)][kind];
+            let zeros = if part == Part::State || zeros == 0 { None } else { Some(Told::Zeros(zeros)) };
+            for told in [Some(Told::Content(len)), zeros].into_iter().flatten() {
+                let frame = Frame { part, offset, told };
+                prop_assert_eq!(Frame::decode(frame.encode()).unwrap(), frame);
+            }
         }
 
         #[test]
-        fn any_header_is_survived(bytes: [u8; HEADER]) {
+        fn any_header_is_survived(
+            part in prop_oneof![0..3_u32, Just(0x100_u32), Just(u32::MAX), any::<u32>()],
+            kind in prop_oneof![0..3_u32, any::<u32>()],
+            offset: u64,
+            length in prop_oneof![0..3_u64, any::<u64>()],
+        ) {
+            let mut bytes = [0; HEADER];
+            bytes[..4].copy_from_slice(&part.to_le_bytes());
+            bytes[4..8].copy_from_slice(&kind.to_le_bytes());
+            bytes[8..16].copy_from_slice(&offset.to_le_bytes());
+            bytes[16..].copy_from_slice(&length.to_le_bytes());
             if let Ok(frame) = Frame::decode(bytes) {
-                prop_assert!(frame.len <= MAX_CONTENT);
+                prop_assert!(!matches!(frame.told, Told::Content(length) if length > MAX_CONTENT));
                 prop_assert_eq!(frame.encode(), bytes);
             }
         }
@@ -101,9 +136,16 @@ mod tests {
 
     #[test]
     fn the_end_has_no_content_and_nothing_else_is_empty() {
-        let end = Frame { part: Part::End, offset: 0, len: 0 };
+        let end = Frame { part: Part::End, offset: 0, told: Told::Content(0) };
         assert_eq!(Frame::decode(end.encode()).unwrap(), end);
-        for wrong in [Frame { len: 1, ..end }, Frame { part: Part::Memory, ..end }] {
+        for wrong in [
+            Frame { told: Told::Content(1), ..end },
+            Frame { told: Told::Zeros(1), ..end },
+            Frame { part: Part::Memory, ..end },
+            Frame { part: Part::Memory, told: Told::Zeros(0), ..end },
+            Frame { part: Part::State, told: Told::Zeros(1), ..end },
+            Frame { part: Part::Memory, told: Told::Content(MAX_CONTENT + 1), ..end },
+        ] {
             Frame::decode(wrong.encode()).unwrap_err();
         }
     }

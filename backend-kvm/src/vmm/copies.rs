@@ -9,6 +9,7 @@ use super::{
     serve::serve_made,
     split::{Side, become_launcher, split},
     told,
+    tracking::Parts,
 };
 use crate::control::{MachineSetUp, Refusal};
 use rustix::{
@@ -18,6 +19,7 @@ use rustix::{
 use std::{
     fs::File,
     io,
+    ops::Range,
     os::fd::{AsFd, OwnedFd},
 };
 
@@ -66,7 +68,7 @@ impl Parcel {
         let (control, lifeline, messages) = (next()?, next()?, next()?);
         let ring = File::from(next()?);
         let log = if set_up.console_file { Some(File::from(next()?)) } else { None };
-        let mut own = own_disks(machine, fds)?.into_iter();
+        let mut own = own_disks(machine, fds, None)?.into_iter();
         let disks = machine.disks().map(|(disk, file)| {
             if disk.read_only {
                 return file.try_clone().map_err(|error| failed("disk", error));
@@ -96,13 +98,14 @@ impl Parcel {
     }
 }
 
-/// Fills an empty file for each writable disk with what that holds.
+/// Fills an empty file for each writable disk with what that holds, or with those parts of it that changed.
 ///
 /// # Errors
 /// [`Refusal::Config`] for more or fewer files than disks, and what the host refuses.
 pub(super) fn own_disks(
     machine: &Machine,
     files: impl Iterator<Item = OwnedFd>,
+    changed: Option<&[Parts]>,
 ) -> Result<Vec<File>, Refusal> {
     let files: Vec<_> = files.map(File::from).collect();
     let writable: Vec<_> = machine.disks().filter(|(disk, _)| !disk.read_only).collect();
@@ -110,17 +113,28 @@ pub(super) fn own_disks(
         let reason = format!("{} files came for {} disks", files.len(), writable.len());
         return Err(config("descriptors", reason));
     }
-    for ((disk, from), to) in writable.iter().zip(&files) {
-        copy_disk(from, to).map_err(|error| failed(&disk.serial, error))?;
+    for (number, ((disk, from), to)) in writable.iter().zip(&files).enumerate() {
+        let copied = match changed.and_then(|disks| disks.get(number)) {
+            None => copy_disk(from, to, std::iter::once(0..u64::MAX)),
+            Some(changed) => copy_disk(from, to, changed.ranges()),
+        };
+        copied.map_err(|error| failed(&disk.serial, error))?;
     }
     Ok(files)
 }
 
-/// Copies a disk's content into an empty file, and leaves out what it has no blocks for.
-fn copy_disk(from: &File, to: &File) -> io::Result<()> {
+/// Copies parts of a disk's content into an empty file, which becomes as long.
+fn copy_disk(from: &File, to: &File, parts: impl Iterator<Item = Range<u64>>) -> io::Result<()> {
     let len = seek(from, SeekFrom::End(0))?;
     to.set_len(len)?;
-    let mut at = 0;
+    for part in parts {
+        copy_part(from, to, part.start, part.end.min(len))?;
+    }
+    Ok(())
+}
+
+/// Copies the bytes from `at` up to `len`, and leaves out what the disk has no blocks for.
+fn copy_part(from: &File, to: &File, mut at: u64, len: u64) -> io::Result<()> {
     while at < len {
         let data = match seek(from, SeekFrom::Data(at)) {
             Ok(data) => data,
@@ -130,6 +144,9 @@ fn copy_disk(from: &File, to: &File) -> io::Result<()> {
             Err(Errno::INVAL) => at,
             Err(error) => return Err(error.into()),
         };
+        if data >= len {
+            break;
+        }
         let end = seek(from, SeekFrom::Hole(data)).unwrap_or(len).min(len);
         copy_range(from, to, data, end)?;
         at = end;
@@ -186,7 +203,7 @@ mod tests {
                 from.write_all_at(bytes, *at).unwrap();
             }
             from.set_len(len).unwrap();
-            copy_disk(&from, &to).unwrap();
+            copy_disk(&from, &to, std::iter::once(0..u64::MAX)).unwrap();
             let read = |file: &File| {
                 let mut bytes = vec![0; usize::try_from(len).unwrap()];
                 file.read_exact_at(&mut bytes, 0).unwrap();
@@ -195,6 +212,28 @@ mod tests {
             prop_assert_eq!(to.metadata().unwrap().len(), len);
             prop_assert!(read(&from) == read(&to));
             prop_assert!(to.metadata().unwrap().blocks() <= from.metadata().unwrap().blocks() + 64);
+        }
+
+        #[test]
+        fn parts_of_disks_are_copied(
+            parts in prop::collection::btree_map(0_u64..64, any::<bool>(), 0..20),
+            len in 1_u64..4 << 20,
+        ) {
+            const PART: u64 = 64 << 10;
+            let (from, to) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+            for (part, filled) in &parts {
+                from.write_all_at(&vec![u8::from(*filled); 1 << 16], part * PART).unwrap();
+            }
+            from.set_len(len).unwrap();
+            let copied = parts.keys().filter(|part| *part * PART < len);
+            copy_disk(&from, &to, copied.map(|part| part * PART..(part + 1) * PART)).unwrap();
+            let mut bytes = vec![0; usize::try_from(len).unwrap()];
+            to.read_exact_at(&mut bytes, 0).unwrap();
+            for (part, bytes) in (0..).zip(bytes.chunks(1 << 16)) {
+                let filled = parts.get(&part).copied().unwrap_or(false);
+                prop_assert!(bytes.iter().all(|byte| *byte == u8::from(filled)));
+            }
+            prop_assert_eq!(to.metadata().unwrap().len(), len);
         }
     }
 }

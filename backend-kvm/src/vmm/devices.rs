@@ -18,8 +18,8 @@ use std::{
     sync::{Arc, Mutex},
 };
 use vm_kvm_devices::{
-    BlockDevice, BlockOptions, EntropyDevice, IrqLine, Memory, MmioTransport, TransportState,
-    VirtioDevice,
+    BlockDevice, BlockOptions, DiskChanges, EntropyDevice, IrqLine, Memory, MmioTransport,
+    TransportState, VirtioDevice,
     mmio::QUEUE_NOTIFY_OFFSET,
     vsock::{Incoming, Listener, VsockDevice, VsockLimits},
 };
@@ -38,6 +38,8 @@ pub(super) struct DeviceSetUp {
 #[derive(Debug)]
 pub(super) struct Devices {
     slots: Vec<Slot>,
+    /// What the guest changes on each writable disk.
+    disk_changes: Vec<DiskChanges>,
 }
 
 /// The state of all devices as plain data.
@@ -75,8 +77,11 @@ impl Devices {
         let mut made = vec![vsock(set_up.vsock_cid, channel.clone())?];
         let entropy = EntropyDevice::new().map_err(|error| failed("entropy device", error))?;
         made.push(Box::new(entropy));
+        let mut disk_changes = Vec::new();
         for (disk, file) in set_up.disks {
-            made.push(block(&disk, file)?);
+            let device = block(&disk, file)?;
+            disk_changes.extend((!disk.read_only).then(|| device.changes()));
+            made.push(Box::new(device));
         }
         if made.len() > MAX_DEVICES {
             let reason = format!("{}; at most {} fit", made.len() - 2, MAX_DEVICES - 2);
@@ -95,7 +100,12 @@ impl Devices {
             });
             address += DEVICE_STEP;
         }
-        Ok(Self { slots })
+        Ok(Self { slots, disk_changes })
+    }
+
+    /// Gives the note of what the guest changes on each writable disk.
+    pub(super) fn disk_changes(&self) -> &[DiskChanges] {
+        &self.disk_changes
     }
 
     /// Says where each device is.
@@ -261,9 +271,8 @@ fn vsock(cid: u32, channel: Arc<Channel>) -> Result<Box<dyn VirtioDevice>, Refus
     Ok(Box::new(device))
 }
 
-fn block(disk: &DiskSetUp, file: File) -> Result<Box<dyn VirtioDevice>, Refusal> {
+fn block(disk: &DiskSetUp, file: File) -> Result<BlockDevice, Refusal> {
     let options = BlockOptions::default().read_only(disk.read_only).serial(disk.serial.as_str());
-    let device = BlockDevice::new(file, &options)
-        .map_err(|error| config("disks", format!("{}: {error}", disk.serial)))?;
-    Ok(Box::new(device))
+    BlockDevice::new(file, &options)
+        .map_err(|error| config("disks", format!("{}: {error}", disk.serial)))
 }

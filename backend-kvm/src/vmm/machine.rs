@@ -14,10 +14,11 @@ use super::{
     refuse::{config, failed, kvm_failed},
     saving,
     threads::prepare_kicks,
+    tracking::{Changes, Tracker},
     vcpus::{Outcome, Stopped, Vcpus},
 };
 use crate::control::{DiskSetUp, End, MachineSetUp, Refusal, Stats, Status};
-use crate::snapshot::runs::Runs;
+use crate::snapshot::pieces;
 use crate::sync::lock;
 use kvm_bindings::{
     KVM_API_VERSION, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
@@ -31,7 +32,7 @@ use std::{
     sync::{Arc, Mutex},
     time::Duration,
 };
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vm_trait::{Inspection, MemoryRegion, VcpuInspection};
 
 /// A guest with all it has.
@@ -50,6 +51,7 @@ pub(super) struct Machine {
     set_up: MachineSetUp,
     /// The disks' files, which the devices have too.
     disks: Vec<File>,
+    tracker: Tracker,
     vm: VmFd,
     // After what uses it.
     memory: GuestMemory,
@@ -79,13 +81,13 @@ struct Files {
 #[derive(Debug)]
 struct Loaded {
     state: File,
-    runs: File,
-    memory: File,
+    pieces: File,
+    memory: Vec<File>,
     outside: Outside,
 }
 
-/// The most bytes that say where memory belongs: enough for 1 TiB of which every second page is zero.
-const MAX_RUNS: u64 = 2 << 30;
+/// The most bytes that say which part of memory stands where: enough for 1 TiB of which every second page is zero.
+const MAX_PIECES: u64 = 4 << 30;
 
 /// The files through which a machine reaches the host.
 #[derive(Debug)]
@@ -135,16 +137,17 @@ impl Machine {
     /// As [`new`](Self::new); also [`Refusal::Corrupt`] and [`Refusal::Incompatible`] for what was saved.
     pub(super) fn load(
         set_up: &MachineSetUp,
-        memory_at: u64,
+        memory_files: u8,
         fds: Vec<OwnedFd>,
         channel: &Arc<Channel>,
     ) -> Result<Self, Refusal> {
-        let Loaded { state, runs, memory, outside } = Loaded::take_apart(set_up, fds)?;
+        let loaded = Loaded::take_apart(set_up, memory_files, fds)?;
+        let Loaded { state, pieces, memory, outside } = loaded;
         prepare_kicks().map_err(|error| failed("signal handler", error))?;
         let state = saving::read_state(&state)?;
-        let runs = saving::read_whole(&runs, MAX_RUNS)?;
-        let runs = Runs::decode(&runs).map_err(Refusal::Corrupt)?;
-        let memory = GuestMemory::saved(set_up.memory_mib, runs, &memory, memory_at)?;
+        let pieces = saving::read_whole(&pieces, MAX_PIECES)?;
+        let pieces = pieces::decode(&pieces).map_err(Refusal::Corrupt)?;
+        let memory = GuestMemory::saved(set_up.memory_mib, &pieces, &memory)?;
         Self::revive(set_up, outside, memory, &state, channel)
     }
 
@@ -174,7 +177,7 @@ impl Machine {
         let kvm = open_kvm()?;
         let model = Model::new(&kvm, set_up.vcpus)?;
         let vm = make_vm(&kvm)?;
-        memory::give_to_guest(&vm, &memory.memory)?;
+        memory::give_to_guest(&vm, &memory.memory, false)?;
         let vcpus = make_vcpus(&kvm, &vm, &model, set_up.vcpus)?;
         let kinds = StateKinds::new(&kvm, &vm)?;
 
@@ -194,6 +197,7 @@ impl Machine {
         let devices = Arc::new(Devices::new(&vm, &memory.memory, device_set_up, channel)?);
         let outcome = Arc::new(Outcome::new(event()?));
         let bus = Arc::new(Bus::new(ports, devices.clone(), channel.clone()));
+        let tracker = Tracker::new(devices.disk_changes().to_vec());
         Ok(Self {
             status: Status::Fresh,
             vcpus: Vcpus::new(vcpus, &bus, &outcome)?,
@@ -206,6 +210,7 @@ impl Machine {
             kinds,
             set_up: set_up.clone(),
             disks,
+            tracker,
             vm,
             memory,
         })
@@ -316,11 +321,37 @@ impl Machine {
             vcpus.push(VcpuInspection::new(registers_of(vcpu)?, last_exit, exits));
             Ok::<_, Refusal>(())
         })?;
-        let region = |region: &GuestRegionMmap| MemoryRegion {
-            start: region.start_addr().0,
-            bytes: region.len(),
-        };
-        Ok(Inspection::new(vcpus, self.memory.memory.iter().map(region).collect()))
+        let regions = self.memory.memory.iter();
+        let regions = regions
+            .map(|region| MemoryRegion { start: region.start_addr().0, bytes: region.len() });
+        Ok(Inspection::new(vcpus, regions.collect()))
+    }
+
+    /// Keeps track from here on of what changes in this machine, which was just loaded.
+    pub(super) fn track_from_loaded(&mut self) {
+        self.tracker.loaded();
+    }
+
+    /// Says what changed since a moment, if that is asked for, and with `track` notes what changes from here on. The
+    /// machine must stand still, and until [`begin_moment`](Self::begin_moment).
+    ///
+    /// # Errors
+    /// [`Refusal::Generation`] for a moment that is not known, and what KVM refuses; no moment is known any more then.
+    pub(super) fn changes(
+        &mut self,
+        since: Option<u64>,
+        track: bool,
+    ) -> Result<Option<Changes>, Refusal> {
+        if since.is_some() || track {
+            self.tracker.look(&self.vm, &self.memory.memory, track)?;
+        }
+        since.map(|moment| self.tracker.since(moment)).transpose()
+    }
+
+    /// Makes this moment one since which [`changes`](Self::changes) can be asked for, and gives its number. That was
+    /// called with `track` just before.
+    pub(super) fn begin_moment(&mut self) -> u64 {
+        self.tracker.begin()
     }
 
     /// Gives the memory, for a copy of this process.
@@ -408,10 +439,15 @@ impl Files {
 
 impl Loaded {
     /// Takes the descriptors of a saved machine in their order.
-    fn take_apart(set_up: &MachineSetUp, fds: Vec<OwnedFd>) -> Result<Self, Refusal> {
+    fn take_apart(
+        set_up: &MachineSetUp,
+        memory_files: u8,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Self, Refusal> {
         let mut fds = fds.into_iter().map(File::from);
-        let (state, runs, memory) = (next(&mut fds)?, next(&mut fds)?, next(&mut fds)?);
-        Ok(Self { state, runs, memory, outside: Outside::take_apart(set_up, fds)? })
+        let (state, pieces) = (next(&mut fds)?, next(&mut fds)?);
+        let memory = (0..memory_files).map(|_| next(&mut fds)).collect::<Result<_, _>>()?;
+        Ok(Self { state, pieces, memory, outside: Outside::take_apart(set_up, fds)? })
     }
 }
 

@@ -5,11 +5,8 @@ use super::{
     layout::{ABOVE_HOLE, HOLE},
     refuse::{config, failed, kvm_failed},
 };
-use crate::{
-    control::Refusal,
-    snapshot::runs::{PAGE, Runs},
-};
-use kvm_bindings::kvm_userspace_memory_region;
+use crate::{control::Refusal, snapshot::pieces::MemoryPiece};
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::{VcpuFd, VmFd};
 use rustix::{
     io::Errno,
@@ -19,7 +16,8 @@ use std::{
     ffi::c_void,
     fs::File,
     io::{self, Read, Seek, SeekFrom},
-    os::{fd::AsRawFd, unix::fs::FileExt},
+    ops::Range,
+    os::fd::AsRawFd,
     sync::Arc,
 };
 use vm_kvm_devices::Memory;
@@ -91,12 +89,17 @@ pub(crate) fn end(mib: u32) -> u64 {
     ranges(u64::from(mib) << 20).last().map_or(0, |(start, bytes)| start.0 + *bytes as u64)
 }
 
-/// A guest's memory, and which of it stands in a file as long as nobody wrote to it.
+/// A guest's memory, and which of it was loaded.
 #[derive(Clone, Debug)]
 pub(super) struct GuestMemory {
     pub(super) memory: Memory,
-    pub(super) from_file: Arc<Runs>,
+    pub(super) loaded: Arc<LoadedRanges>,
 }
+
+/// Which bytes of memory were loaded, by their addresses as the guest knows them: in ascending order, and none overlap. As
+/// long as nobody wrote to them, they may stand in a file alone. All others were zeros.
+#[derive(Debug, Default)]
+pub(super) struct LoadedRanges(Vec<Range<u64>>);
 
 impl GuestMemory {
     /// Maps memory of so many MiB, which is empty.
@@ -104,95 +107,70 @@ impl GuestMemory {
     /// # Errors
     /// As [`map`].
     pub(super) fn empty(mib: u32) -> Result<Self, Refusal> {
-        Ok(Self { memory: map(mib)?, from_file: Arc::default() })
+        Ok(Self { memory: map(mib)?, loaded: Arc::default() })
     }
 
-    /// Maps memory of so many MiB that holds what stands in a file from `at` on, packed. Nothing is read yet, and
-    /// nothing is ever written to the file.
+    /// Maps memory of so many MiB that holds what stands in files, and never writes to them. What is mapped is read when
+    /// somebody asks for it.
     ///
     /// # Errors
-    /// [`Refusal::Corrupt`] where the runs are not those of such memory, and what the host refuses.
-    pub(super) fn saved(mib: u32, runs: Runs, file: &File, at: u64) -> Result<Self, Refusal> {
+    /// [`Refusal::Corrupt`] for pieces that cannot be of such memory and such files, and what the host refuses.
+    pub(super) fn saved(mib: u32, pieces: &[MemoryPiece], files: &[File]) -> Result<Self, Refusal> {
         let of_host = |error: io::Error| failed("saved memory", error);
-        let len = file.metadata().map_err(of_host)?.len();
-        if at.checked_add(runs.packed()).is_none_or(|end| end > len) || runs.total() != end(mib) {
-            let reason = format!("{} bytes of memory at {at} of {len}", runs.packed());
-            return Err(Refusal::Corrupt(reason));
-        }
+        let lengths = files.iter().map(|file| file.metadata().map(|about| about.len()));
+        let lengths = lengths.collect::<io::Result<Vec<_>>>().map_err(of_host)?;
         let memory = map(mib)?;
-        let (mut position, mut mappings) = (at, 0);
-        for (start, bytes) in runs.iter() {
-            let slice = usize::try_from(bytes)
+        let mut mappings = 0;
+        for piece in pieces {
+            let number = usize::try_from(piece.file).unwrap_or(usize::MAX);
+            let in_file = piece.at.checked_add(piece.length);
+            let inside =
+                lengths.get(number).is_some_and(|len| in_file.is_some_and(|end| end <= *len));
+            let slice = usize::try_from(piece.length)
                 .ok()
-                .filter(|_| [start, bytes, position].iter().all(|number| number % PAGE == 0))
-                .and_then(|bytes| memory.get_slice(GuestAddress(start), bytes).ok());
-            let Some(slice) = slice else {
-                return Err(Refusal::Corrupt(format!("{bytes} bytes of memory at {start:#x}")));
+                .filter(|_| inside)
+                .and_then(|bytes| memory.get_slice(GuestAddress(piece.address), bytes).ok());
+            let (Some(slice), Some(file)) = (slice, files.get(number)) else {
+                let MemoryPiece { address, length, file, at } = piece;
+                let reason = format!("{length} bytes at {address:#x} from {at:#x} of file {file}");
+                return Err(Refusal::Corrupt(reason));
             };
-            if mappings < MAX_MAPPINGS {
-                map_file(&slice, file, position).map_err(of_host)?;
+            if mappings < MAX_MAPPINGS && map_file(&slice, file, piece.at).map_err(of_host)? {
                 mappings += 1;
-            } else {
-                let mut reader = FileAt { file, len, offset: position };
-                let mut rest = slice;
-                reader.read_exact_volatile(&mut rest).map_err(|error| {
-                    Refusal::Failed(format!("saved memory at {start:#x}: {error}"))
-                })?;
+                continue;
             }
-            position += bytes;
+            let mut reader = FileAt { file, len: lengths[number], offset: piece.at };
+            reader.read_exact_volatile(&mut { slice }).map_err(|error| {
+                Refusal::Failed(format!("saved memory at {:#x}: {error}", piece.address))
+            })?;
         }
-        Ok(Self { memory, from_file: Arc::new(runs) })
+        let loaded = pieces.iter().map(|piece| piece.address..piece.address + piece.length);
+        Ok(Self { memory, loaded: Arc::new(LoadedRanges(loaded.collect())) })
     }
 }
 
-/// Lets memory show what stands in a file at `at`, until it is written to.
-fn map_file(slice: &VolatileSlice<'_, ()>, file: &File, at: u64) -> io::Result<()> {
+impl LoadedRanges {
+    /// Gives those of these bytes that were loaded.
+    pub(super) fn within(&self, bytes: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+        let first = self.0.partition_point(|range| range.end <= bytes.start);
+        let touched = self.0[first..].iter().take_while(move |range| range.start < bytes.end);
+        touched.map(move |range| range.start.max(bytes.start)..range.end.min(bytes.end))
+    }
+}
+
+/// Lets memory show what stands in a file at `at`, until it is written to; false where the file cannot be mapped.
+fn map_file(slice: &VolatileSlice<'_, impl BitmapSlice>, file: &File, at: u64) -> io::Result<bool> {
     let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
     let (readable, start) = (ProtFlags::READ | ProtFlags::WRITE, slice.ptr_guard_mut().as_ptr());
     // SAFETY: the range is whole pages of guest memory, which stays mapped at the same place; nothing runs in it yet, and
     // nothing in this process holds a Rust reference into it.
-    unsafe { rustix::mm::mmap(start.cast(), slice.len(), readable, flags, file, at) }?;
+    match unsafe { rustix::mm::mmap(start.cast(), slice.len(), readable, flags, file, at) } {
+        Err(Errno::NODEV) => return Ok(false),
+        other => other?,
+    };
     // SAFETY: as above; the advice changes nothing but core dumps.
     unsafe { madvise(start.cast(), slice.len(), Advice::LinuxDontDump) }?;
-    Ok(())
-}
-
-/// Which pages of a region can hold anything but zeros.
-#[derive(Debug)]
-pub(super) struct Populated {
-    /// An entry of /proc/self/pagemap for each page; nothing where that cannot be read.
-    pages: Option<Vec<u8>>,
-    /// Offset and length of what stands in a file.
-    from_file: Vec<(u64, u64)>,
-}
-
-impl Populated {
-    /// Looks at a region of this process.
-    pub(super) fn of(region: &impl GuestMemoryRegion, from_file: &Runs) -> Self {
-        const ENTRY: u64 = 8;
-        let (start, len) = (region.start_addr().0, region.len());
-        let read = || -> io::Result<Vec<u8>> {
-            let host = region.get_host_address(vm_memory::MemoryRegionAddress(0));
-            let host = host.map_err(io::Error::other)? as u64;
-            let mut pages = vec![0; usize::try_from(len / PAGE * ENTRY).unwrap_or(0)];
-            let pagemap = File::open("/proc/self/pagemap")?;
-            pagemap.read_exact_at(&mut pages, host / PAGE * ENTRY)?;
-            Ok(pages)
-        };
-        let inside = |(at, len): (u64, u64)| Some((at.checked_sub(start)?, len));
-        Self { pages: read().ok(), from_file: from_file.iter().filter_map(inside).collect() }
-    }
-
-    /// Whether any of these bytes can be something else than zero.
-    pub(super) fn any(&self, at: u64, len: u64) -> bool {
-        // Present, or swapped out (Documentation/admin-guide/mm/pagemap.rst of the kernel).
-        const THERE: u8 = 0xc0;
-        let Some(pages) = &self.pages else { return true };
-        let index = |at: u64| usize::try_from(at / PAGE * 8).unwrap_or(usize::MAX);
-        let entries = pages.get(index(at)..index(at + len)).unwrap_or_default();
-        let there = entries.iter().skip(7).step_by(8).any(|highest| highest & THERE != 0);
-        there || self.from_file.iter().any(|(start, run)| *start < at + len && at < start + run)
-    }
+    Ok(true)
 }
 
 /// Splits so many bytes around the hole below 4 GiB.
@@ -205,15 +183,16 @@ fn ranges(bytes: u64) -> Vec<(GuestAddress, usize)> {
     ranges
 }
 
-/// Gives a guest its memory. The caller keeps `memory` for as long as the guest may run.
+/// Gives a guest its memory, or the same once more; with `log`, KVM logs from then on which pages are written to. The
+/// caller keeps `memory` for as long as the guest may run.
 ///
 /// # Errors
 /// When KVM refuses.
-pub(super) fn give_to_guest(vm: &VmFd, memory: &Memory) -> Result<(), Refusal> {
+pub(super) fn give_to_guest(vm: &VmFd, memory: &Memory, log: bool) -> Result<(), Refusal> {
     for (slot, region) in (0_u32..).zip(memory.iter()) {
         let slot = kvm_userspace_memory_region {
             slot,
-            flags: 0,
+            flags: if log { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
             guest_phys_addr: region.start_addr().0,
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,
@@ -288,12 +267,13 @@ impl ReadVolatile for FileAt<'_> {
         let offset = libc::off_t::try_from(self.offset)
             .map_err(|error| VolatileMemoryError::IOError(io::Error::other(error)))?;
         let guard = buf.ptr_guard_mut();
+        // One that fails may have written something too.
+        buf.bitmap().mark_dirty(0, buf.len());
         // SAFETY: the guard's range is valid for writes of its length; nobody else uses it before the guest runs.
         let read =
             unsafe { libc::pread(self.file.as_raw_fd(), guard.as_ptr().cast(), buf.len(), offset) };
         let read = usize::try_from(read)
             .map_err(|_| VolatileMemoryError::IOError(io::Error::last_os_error()))?;
-        buf.bitmap().mark_dirty(0, read);
         self.offset += read as u64;
         Ok(read)
     }

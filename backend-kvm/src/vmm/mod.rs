@@ -12,6 +12,7 @@
 //! | what a kernel finds when it starts | `boot`, `cpu`, `layout` |
 //! | devices | `devices`, `ports`, `console` |
 //! | a machine's state, and copies of it | `machine`, `cpu`, `saving`, `copies`, `split` |
+//! | what changed since when | `tracking`, `page_map` |
 
 mod boot;
 mod bus;
@@ -26,6 +27,7 @@ mod flush;
 mod layout;
 mod machine;
 mod memory;
+mod page_map;
 mod ports;
 mod process;
 mod refuse;
@@ -33,6 +35,7 @@ mod saving;
 mod serve;
 mod split;
 mod threads;
+mod tracking;
 mod vcpus;
 mod wall_clock;
 

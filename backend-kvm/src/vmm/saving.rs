@@ -3,29 +3,34 @@
 use super::{
     copies::own_disks,
     machine::{Machine, MachineState},
-    memory::{GuestMemory, Populated},
+    memory::GuestMemory,
+    page_map::PageMap,
     refuse::{config, failed},
     split::{Side, keep_only, split},
     told,
+    tracking::{Changes, Parts},
 };
 use crate::{
     control::Refusal,
     snapshot::{
-        MAX_STATE,
-        frame::{Frame, MAX_CONTENT, Part},
-        runs::PAGE,
+        MAX_STATE, PAGE,
+        frame::{Frame, MAX_CONTENT, Part, Told},
     },
 };
 use serde::{Deserialize, Serialize};
 use std::{
     fs::File,
     io::{self, Write},
+    ops::Range,
     os::{
         fd::{AsFd, OwnedFd},
         unix::fs::FileExt,
     },
 };
-use vm_memory::{Address, Bytes, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
+    bitmap::AtomicBitmap,
+};
 
 /// The version of [`SavedState`].
 const STATE_VERSION: u32 = 1;
@@ -44,22 +49,30 @@ struct SavedState {
 }
 
 /// Begins to save a paused machine: a copy of this process writes everything into the pipe that is the first descriptor,
-/// and ends. The other descriptors are an empty file for each writable disk, which take what the disks hold now.
+/// and ends. The other descriptors are an empty file for each writable disk, which take what the disks hold now. Of
+/// memory and disks, only what changed `since` some moment is written, where one is named. With `track`, this is a moment
+/// too, whose number is given.
 ///
 /// # Errors
 /// [`Refusal::State`] unless the machine is paused, [`Refusal::Config`] for descriptors that do not fit,
-/// [`Refusal::Exhausted`] or [`Refusal::Failed`].
-pub(super) fn capture(machine: &Machine, fds: Vec<OwnedFd>) -> Result<(), Refusal> {
+/// [`Refusal::Generation`] for a moment that is not known, [`Refusal::Exhausted`] or [`Refusal::Failed`].
+pub(super) fn capture(
+    machine: &mut Machine,
+    since: Option<u64>,
+    track: bool,
+    fds: Vec<OwnedFd>,
+) -> Result<Option<u64>, Refusal> {
     let saved = SavedState { version: STATE_VERSION, machine: machine.save()? };
     let state = postcard::to_allocvec(&saved)
         .map_err(|error| Refusal::Failed(format!("the state cannot be written: {error}")))?;
     let mut fds = fds.into_iter();
     let pipe = fds.next().ok_or_else(|| config("descriptors", "there is no pipe"))?;
-    let disks = own_disks(machine, fds)?;
+    let changes = machine.changes(since, track)?;
+    let disks = own_disks(machine, fds, changes.as_ref().map(|changes| &changes.disks[..]))?;
     match split().map_err(|error| failed("copy of the process", error))? {
-        Side::Original { .. } => Ok(()),
+        Side::Original { .. } => Ok(track.then(|| machine.begin_moment())),
         Side::Copy => {
-            let well = told(write_all(pipe, &state, machine.memory(), &disks));
+            let well = told(write_all(pipe, &state, machine.memory(), &disks, changes.as_ref()));
             // What the original's threads shared with this one must not be dropped here.
             std::process::exit(i32::from(!well));
         }
@@ -104,43 +117,94 @@ pub(super) fn read_whole(file: &File, most: u64) -> Result<Vec<u8>, Refusal> {
     Ok(bytes)
 }
 
-fn write_all(pipe: OwnedFd, state: &[u8], memory: &GuestMemory, disks: &[File]) -> io::Result<()> {
+fn write_all(
+    pipe: OwnedFd,
+    state: &[u8],
+    memory: &GuestMemory,
+    disks: &[File],
+    changes: Option<&Changes>,
+) -> io::Result<()> {
     let mut kept = vec![pipe.as_fd()];
     kept.extend(disks.iter().map(AsFd::as_fd));
     keep_only(&kept)?;
-    let mut out = Out(File::from(pipe));
+    let mut out = Out { pipe: File::from(pipe), buffer: vec![0; MAX_CONTENT] };
     for (offset, piece) in (0_u64..).step_by(MAX_CONTENT).zip(state.chunks(MAX_CONTENT)) {
         out.frame(Part::State, offset, piece)?;
     }
-    write_memory(memory, &mut out)?;
-    for (number, disk) in (0_u8..).zip(disks) {
-        write_disk(number, disk, &mut out)?;
+    let page_map = PageMap::open();
+    for (number, region) in memory.memory.iter().enumerate() {
+        match changes.map(|changes| &changes.memory) {
+            None => write_region(memory, region, &page_map, &mut out)?,
+            Some(None) => write_own_pages(memory, region, &page_map, &mut out)?,
+            Some(Some(regions)) => {
+                for range in regions.get(number).into_iter().flat_map(Parts::ranges) {
+                    write_changed(memory, region, range, &mut out)?;
+                }
+            }
+        }
     }
-    out.frame(Part::End, 0, &[])
+    for (number, disk) in (0_u8..).zip(disks) {
+        match changes.and_then(|changes| changes.disks.get(usize::from(number))) {
+            None => write_disk(number, disk, &mut out)?,
+            Some(changed) => write_changed_disk(number, disk, changed, &mut out)?,
+        }
+    }
+    out.told(Part::End, 0, Told::Content(0))
 }
 
-fn write_memory(memory: &GuestMemory, out: &mut Out) -> io::Result<()> {
-    let mut buffer = vec![0; MAX_CONTENT];
-    for region in memory.memory.iter() {
-        let populated = Populated::of(region, &memory.from_file);
-        let mut at = 0;
-        while at < region.len() {
-            let step = (region.len() - at).min(MAX_CONTENT as u64);
-            let address = region.start_addr().unchecked_add(at);
-            if populated.any(at, step) {
-                let piece = &mut buffer[..usize::try_from(step).unwrap_or(MAX_CONTENT)];
-                memory.memory.read_slice(piece, address).map_err(io::Error::other)?;
-                out.content(Part::Memory, address.0, piece)?;
-            }
-            at += step;
+/// Writes what of a region is not zero.
+fn write_region(
+    memory: &GuestMemory,
+    region: &Region,
+    page_map: &PageMap,
+    out: &mut Out,
+) -> io::Result<()> {
+    for piece in pieces(0..region.len()) {
+        let bytes = piece.end - piece.start;
+        let address = region.start_addr().0 + piece.start;
+        let there = page_map.look(host(region) + piece.start, bytes).any();
+        if there || memory.loaded.within(address..address + bytes).next().is_some() {
+            out.memory(memory, address, bytes, Zeros::Untold)?;
         }
     }
     Ok(())
 }
 
+/// Writes those pages of a region that are this process's own: what was written to since the machine was loaded.
+fn write_own_pages(
+    memory: &GuestMemory,
+    region: &Region,
+    page_map: &PageMap,
+    out: &mut Out,
+) -> io::Result<()> {
+    for piece in pieces(0..region.len()) {
+        let pages = page_map.look(host(region) + piece.start, piece.end - piece.start);
+        for own in pages.own(piece.end - piece.start) {
+            let address = region.start_addr().0 + piece.start + own.start;
+            // What was not loaded was zeros then, which nobody has to say again.
+            out.memory(memory, address, own.end - own.start, Zeros::OfLoaded)?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes bytes of a region that changed, zeros too.
+fn write_changed(
+    memory: &GuestMemory,
+    region: &Region,
+    changed: Range<u64>,
+    out: &mut Out,
+) -> io::Result<()> {
+    for piece in pieces(changed.start..changed.end.min(region.len())) {
+        let address = region.start_addr().0 + piece.start;
+        out.memory(memory, address, piece.end - piece.start, Zeros::Told)?;
+    }
+    Ok(())
+}
+
+/// Writes what of a disk is not zero.
 fn write_disk(number: u8, disk: &File, out: &mut Out) -> io::Result<()> {
     let len = disk.metadata()?.len();
-    let mut buffer = vec![0; MAX_CONTENT];
     let mut at = 0;
     while at < len {
         // Holes are left out; a file system without them calls all of it data.
@@ -150,43 +214,148 @@ fn write_disk(number: u8, disk: &File, out: &mut Out) -> io::Result<()> {
             Err(_) => at,
         };
         let step = (len - at).min(MAX_CONTENT as u64);
-        let piece = &mut buffer[..usize::try_from(step).unwrap_or(MAX_CONTENT)];
-        disk.read_exact_at(piece, at)?;
-        out.content(Part::Disk(number), at, piece)?;
+        out.disk(number, disk, at, step, false)?;
         at += step;
     }
     Ok(())
 }
 
+/// Writes the parts of a disk that changed, zeros too.
+fn write_changed_disk(number: u8, disk: &File, changed: &Parts, out: &mut Out) -> io::Result<()> {
+    let len = disk.metadata()?.len();
+    for range in changed.ranges() {
+        for piece in pieces(range.start..range.end.min(len)) {
+            out.disk(number, disk, piece.start, piece.end - piece.start, true)?;
+        }
+    }
+    Ok(())
+}
+
+/// A part of guest memory.
+type Region = GuestRegionMmap<AtomicBitmap>;
+
+/// Where a region stands in this process.
+fn host(region: &Region) -> u64 {
+    region.as_ptr() as u64
+}
+
+/// Cuts bytes into pieces of one frame each.
+fn pieces(bytes: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    let end = bytes.end;
+    bytes.step_by(MAX_CONTENT).map(move |at| at..end.min(at + MAX_CONTENT as u64))
+}
+
+/// Which zeros of memory are written.
+#[derive(Clone, Copy, Debug)]
+enum Zeros {
+    /// None.
+    Untold,
+    /// Those where something was loaded.
+    OfLoaded,
+    /// All.
+    Told,
+}
+
 /// The pipe to the owner.
-struct Out(File);
+struct Out {
+    pipe: File,
+    buffer: Vec<u8>,
+}
 
 impl Out {
-    /// Writes what of some content is not zero.
-    fn content(&mut self, part: Part, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        for (start, end) in filled(bytes) {
-            self.frame(part, offset + start as u64, &bytes[start..end])?;
+    /// Writes at most [`MAX_CONTENT`] bytes of memory.
+    fn memory(
+        &mut self,
+        memory: &GuestMemory,
+        address: u64,
+        bytes: u64,
+        zeros: Zeros,
+    ) -> io::Result<()> {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let piece = &mut buffer[..usize::try_from(bytes).unwrap_or(MAX_CONTENT)];
+        let read = memory.memory.read_slice(piece, GuestAddress(address));
+        read.map_err(io::Error::other)?;
+        for run in runs(piece) {
+            let at = address + run.start as u64;
+            if run.filled {
+                self.frame(Part::Memory, at, &piece[run.start..run.end])?;
+                continue;
+            }
+            let all = at..address + run.end as u64;
+            let told: Vec<_> = match zeros {
+                Zeros::Untold => Vec::new(),
+                Zeros::OfLoaded => memory.loaded.within(all).collect(),
+                Zeros::Told => vec![all],
+            };
+            for zeros in told {
+                self.told(Part::Memory, zeros.start, Told::Zeros(zeros.end - zeros.start))?;
+            }
         }
+        self.buffer = buffer;
+        Ok(())
+    }
+
+    /// Writes at most [`MAX_CONTENT`] bytes of a disk.
+    fn disk(
+        &mut self,
+        number: u8,
+        disk: &File,
+        at: u64,
+        bytes: u64,
+        zeros: bool,
+    ) -> io::Result<()> {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let piece = &mut buffer[..usize::try_from(bytes).unwrap_or(MAX_CONTENT)];
+        disk.read_exact_at(piece, at)?;
+        let part = Part::Disk(number);
+        for run in runs(piece) {
+            let offset = at + run.start as u64;
+            if run.filled {
+                self.frame(part, offset, &piece[run.start..run.end])?;
+            } else if zeros {
+                self.told(part, offset, Told::Zeros((run.end - run.start) as u64))?;
+            }
+        }
+        self.buffer = buffer;
         Ok(())
     }
 
     fn frame(&mut self, part: Part, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.0.write_all(&Frame { part, offset, len: bytes.len() }.encode())?;
-        self.0.write_all(bytes)
+        self.told(part, offset, Told::Content(bytes.len()))?;
+        self.pipe.write_all(bytes)
+    }
+
+    fn told(&mut self, part: Part, offset: u64, told: Told) -> io::Result<()> {
+        self.pipe.write_all(&Frame { part, offset, told }.encode())
     }
 }
 
-/// Finds the runs of pages that hold anything, with short gaps between them left in.
-fn filled(bytes: &[u8]) -> Vec<(usize, usize)> {
-    let mut runs: Vec<(usize, usize)> = Vec::new();
+/// Some whole pages, but for the last, and whether they hold anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Run {
+    start: usize,
+    end: usize,
+    filled: bool,
+}
+
+/// Cuts bytes into runs with and without content, of which no two alike touch. Short gaps count as content.
+fn runs(bytes: &[u8]) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
     for (number, page) in bytes.chunks(ZEROS.len()).enumerate() {
-        if *page == ZEROS[..page.len()] {
+        let filled = *page != ZEROS[..page.len()];
+        let (start, end) = (number * ZEROS.len(), number * ZEROS.len() + page.len());
+        if let [.., content, gap] = &mut runs[..]
+            && filled
+            && !gap.filled
+            && gap.end - gap.start <= GAP * ZEROS.len()
+        {
+            content.end = end;
+            runs.pop();
             continue;
         }
-        let (start, end) = (number * ZEROS.len(), number * ZEROS.len() + page.len());
         match runs.last_mut() {
-            Some((_, last)) if start - *last <= GAP * ZEROS.len() => *last = end,
-            _ => runs.push((start, end)),
+            Some(last) if last.filled == filled => last.end = end,
+            _ => runs.push(Run { start, end, filled }),
         }
     }
     runs
@@ -206,17 +375,22 @@ mod tests {
             let page = |filled: &bool| if *filled { [7; 4096] } else { [0; 4096] };
             let mut bytes: Vec<u8> = pages.iter().flat_map(page).collect();
             bytes.extend(vec![1; tail]);
-            let runs = filled(&bytes);
-            let mut rebuilt = vec![0; bytes.len()];
-            let mut last = None;
-            for (start, end) in runs {
-                prop_assert_eq!(start % 4096, 0);
-                prop_assert!(last.is_none_or(|last| start - last > GAP * 4096));
-                prop_assert!(bytes[start] != 0 && bytes[end - 1] != 0);
-                rebuilt[start..end].copy_from_slice(&bytes[start..end]);
-                last = Some(end);
+            let runs = runs(&bytes);
+            let mut end = 0;
+            for (number, run) in runs.iter().enumerate() {
+                prop_assert_eq!((run.start, run.start % 4096), (end, 0));
+                end = run.end;
+                let content = &bytes[run.start..run.end];
+                if run.filled {
+                    prop_assert!(content[0] != 0 && content[content.len() - 1] != 0);
+                } else {
+                    prop_assert!(content.iter().all(|byte| *byte == 0));
+                    let outer = number == 0 || number + 1 == runs.len();
+                    prop_assert!(outer || content.len() > GAP * 4096);
+                }
             }
-            prop_assert_eq!(rebuilt, bytes);
+            prop_assert_eq!(end, bytes.len());
+            prop_assert!(runs.windows(2).all(|pair| pair[0].filled != pair[1].filled));
         }
     }
 }

@@ -42,9 +42,13 @@ pub(super) fn serve(channel: &Arc<Channel>) -> io::Result<()> {
             named(&set_up);
             Machine::new(&set_up, fds, channel)
         }
-        ToLauncher::Load { set_up, memory_at } => {
+        ToLauncher::Load { set_up, memory_files, track } => {
             named(&set_up);
-            Machine::load(&set_up, memory_at, fds, channel)
+            let mut machine = Machine::load(&set_up, memory_files, fds, channel);
+            if track && let Ok(machine) = &mut machine {
+                machine.track_from_loaded();
+            }
+            machine
         }
         _ => return Err(io::Error::other("something came before the machine's description")),
     };
@@ -202,7 +206,8 @@ impl Server {
         request: Request,
         fds: Vec<OwnedFd>,
     ) -> io::Result<(Result<Answer, Refusal>, Option<OwnedFd>)> {
-        let takes = matches!(request, Request::Connect | Request::Capture | Request::Fork { .. });
+        let takes =
+            matches!(request, Request::Connect | Request::Capture { .. } | Request::Fork { .. });
         if !takes && !fds.is_empty() {
             return Err(io::Error::other("a request came with a descriptor"));
         }
@@ -219,7 +224,10 @@ impl Server {
                     Err(refusal) => (Err(refusal), None),
                 });
             }
-            Request::Capture => saving::capture(&self.machine, fds),
+            Request::Capture { since, track } => {
+                let begun = saving::capture(&mut self.machine, since, track, fds);
+                return Ok((begun.map(|generation| Answer::Captured { generation }), None));
+            }
             Request::Boot => self.machine.boot(),
             Request::Pause => self.pause()?,
             Request::Resume => self.resume()?,
