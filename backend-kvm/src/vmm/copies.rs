@@ -15,6 +15,7 @@ use crate::control::{MachineSetUp, Refusal};
 use rustix::{
     fs::{SeekFrom, copy_file_range, seek},
     io::Errno,
+    process::{PidfdFlags, pidfd_open},
 };
 use std::{
     fs::File,
@@ -49,7 +50,11 @@ pub(super) fn fork(
     machine.show_console();
     let parcel = Parcel::new(machine, fds)?;
     match split().map_err(|error| failed("copy of the process", error))? {
-        Side::Original { pid, exact } => Ok((pid, exact)),
+        Side::Original(pid) => {
+            let exact = pidfd_open(pid, PidfdFlags::empty());
+            let exact = exact.map_err(|error| failed("copy of the process", error))?;
+            Ok((pid.as_raw_nonzero().get().unsigned_abs(), exact))
+        }
         Side::Copy => {
             let set_up = MachineSetUp { name, ..machine.set_up().clone() };
             let well = told(parcel.go_on(&set_up, machine.memory().clone(), &state));

@@ -70,7 +70,7 @@ pub(super) fn capture(
     let changes = machine.changes(since, track)?;
     let disks = own_disks(machine, fds, changes.as_ref().map(|changes| &changes.disks[..]))?;
     match split().map_err(|error| failed("copy of the process", error))? {
-        Side::Original { .. } => Ok(track.then(|| machine.begin_moment())),
+        Side::Original(_) => Ok(track.then(|| machine.begin_moment())),
         Side::Copy => {
             let well = told(write_all(pipe, &state, machine.memory(), &disks, changes.as_ref()));
             // What the original's threads shared with this one must not be dropped here.

@@ -2,10 +2,7 @@
 #![allow(unsafe_code)]
 
 use super::fds::tie_life_to;
-use rustix::{
-    process::{Pid, PidfdFlags, pidfd_open},
-    stdio::dup2_stderr,
-};
+use rustix::{process::Pid, stdio::dup2_stderr};
 use std::{
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
@@ -14,13 +11,8 @@ use std::{
 /// Which process this is after [`split`].
 #[derive(Debug)]
 pub(super) enum Side {
-    /// The one that was there before.
-    Original {
-        /// The copy's number.
-        pid: u32,
-        /// The copy's process.
-        exact: OwnedFd,
-    },
+    /// The one that was there before, with the number of the copy, which may have ended already.
+    Original(Pid),
     /// The copy.
     Copy,
 }
@@ -39,9 +31,8 @@ pub(super) fn split() -> io::Result<Side> {
         0 => Ok(Side::Copy),
         -1 => Err(io::Error::last_os_error()),
         pid => {
-            let named = Pid::from_raw(pid).ok_or_else(|| io::Error::other("not a process id"))?;
-            let exact = pidfd_open(named, PidfdFlags::empty())?;
-            Ok(Side::Original { pid: pid.unsigned_abs(), exact })
+            let pid = Pid::from_raw(pid).ok_or_else(|| io::Error::other("not a process id"))?;
+            Ok(Side::Original(pid))
         }
     }
 }

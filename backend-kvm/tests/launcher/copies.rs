@@ -35,11 +35,11 @@ pub(crate) const TESTS: &[Test] = &[
 const COUNTER: u32 = 0x20_0000;
 
 /// A copy of a machine.
-struct Copy {
-    link: Link,
+pub(crate) struct Copy {
+    pub(crate) link: Link,
     exact: OwnedFd,
     pid: u32,
-    parts: Parts,
+    pub(crate) parts: Parts,
 }
 
 /// Asks for a copy, with whatever there is in `ring` already.
@@ -71,7 +71,7 @@ fn try_fork(link: &mut Link, parts: &Parts) -> Result<Copy, Refusal> {
     }
 }
 
-fn fork(link: &mut Link, parts: &Parts) -> Copy {
+pub(crate) fn fork(link: &mut Link, parts: &Parts) -> Copy {
     try_fork(link, parts).unwrap()
 }
 

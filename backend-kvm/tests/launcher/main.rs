@@ -4,6 +4,7 @@
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #![forbid(unsafe_code)]
 
+mod changes;
 mod copies;
 mod hostile;
 mod life;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         machine::TESTS,
         copies::TESTS,
         saved::TESTS,
+        changes::TESTS,
         vsock::TESTS,
         life::WITH_KVM,
         hostile::WITH_KVM,

@@ -21,11 +21,11 @@ pub(crate) const TESTS: &[Test] =
 /// The port of the host that the guest connects to.
 const PORT: u32 = 7;
 
-const DEVICE: u64 = 0xd000_0000;
+pub(crate) const DEVICE: u64 = 0xd000_0000;
 
 /// Queues, with the data of each buffer in 64 bytes: what the guest receives, and what it sends.
-const QUEUES: [Queue; 2] = [Queue { number: 0, at: 0x11_0000 }, Queue { number: 1, at: 0x11_4000 }];
-const SLOTS: u16 = 64;
+pub(crate) const QUEUES: [Queue; 2] = [Queue { number: 0, at: 0x11_0000 }, Queue { number: 1, at: 0x11_4000 }];
+pub(crate) const SLOTS: u16 = 64;
 const SLOT: u32 = 64;
 
 /// Where in a packet its operation is (virtio 1.2, section 5.10.6).
@@ -34,26 +34,26 @@ const REQUEST: u8 = 1;
 const RESPONSE: u8 = 2;
 const RST: u8 = 3;
 
-struct Queue {
-    number: u32,
-    at: u32,
+pub(crate) struct Queue {
+    pub(crate) number: u32,
+    pub(crate) at: u32,
 }
 
 impl Queue {
-    fn available(&self) -> u32 {
+    pub(crate) fn available(&self) -> u32 {
         self.at + 0x1000
     }
 
-    fn used(&self) -> u32 {
+    pub(crate) fn used(&self) -> u32 {
         self.at + 0x1800
     }
 
-    fn slot(&self, number: u32) -> u32 {
+    pub(crate) fn slot(&self, number: u32) -> u32 {
         self.at + 0x2000 + number * SLOT
     }
 
     /// Makes the queue as it is in memory, with all buffers in their order in its rings, and so many given out.
-    fn memory(&self, given: u16, packet: impl Fn(u16) -> Vec<u8>) -> Vec<u8> {
+    pub(crate) fn memory(&self, given: u16, packet: impl Fn(u16) -> Vec<u8>) -> Vec<u8> {
         let mut memory = vec![0; 0x4000];
         let mut put = |at: u32, bytes: &[u8]| {
             let at = usize::try_from(at - self.at).unwrap();
@@ -74,7 +74,7 @@ impl Queue {
         memory
     }
 
-    fn set_up(&self, code: Code) -> Code {
+    fn set_up(&self, device: u64, code: Code) -> Code {
         [
             (0x30, self.number),
             (0x38, SLOTS.into()),
@@ -84,7 +84,7 @@ impl Queue {
             (0x44, 1),
         ]
         .into_iter()
-        .fold(code, |code, (register, value)| code.write_memory(DEVICE + register, value))
+        .fold(code, |code, (register, value)| code.write_memory(device + register, value))
     }
 }
 
@@ -103,19 +103,24 @@ fn request(number: u16) -> Vec<u8> {
     packet
 }
 
+/// Starts a device with these queues.
+pub(crate) fn start(mut code: Code, device: u64, queues: &[Queue]) -> Code {
+    for status in [0, 1, 3] {
+        code = code.write_memory(device + 0x70, status);
+    }
+    // Version 1, which is bit 32, and nothing else.
+    for (register, value) in [(0x24, 0), (0x20, 0), (0x24, 1), (0x20, 1), (0x70, 0xb)] {
+        code = code.write_memory(device + register, value);
+    }
+    code = queues.iter().fold(code, |code, queue| queue.set_up(device, code));
+    code.write_memory(device + 0x70, 0xf)
+}
+
 /// A kernel that sends so many requests at once, prints the operation of each answer, and waits for a packet from the
 /// host before the next round.
 fn kernel(rounds: &[u16]) -> Vec<u8> {
     let [receives, sends] = &QUEUES;
-    let mut code = Code::default().map_devices();
-    for status in [0, 1, 3] {
-        code = code.write_memory(DEVICE + 0x70, status);
-    }
-    // Version 1, which is bit 32, and nothing else.
-    for (register, value) in [(0x24, 0), (0x20, 0), (0x24, 1), (0x20, 1), (0x70, 0xb)] {
-        code = code.write_memory(DEVICE + register, value);
-    }
-    code = sends.set_up(receives.set_up(code)).write_memory(DEVICE + 0x70, 0xf);
+    let mut code = start(Code::default().map_devices(), DEVICE, &QUEUES);
     let (mut sent, mut received) = (0, 0);
     for count in rounds {
         sent += count;
@@ -167,7 +172,7 @@ fn streams(
 }
 
 /// Connects to the guest, which takes this as a signal to go on, for as long as the stream lives.
-fn signal(owner: &mut Owner) -> UnixStream {
+pub(crate) fn signal(owner: &mut Owner) -> UnixStream {
     let (mut ours, its) = UnixStream::pair().unwrap();
     ours.write_all(b"CONNECT 1\n").unwrap();
     assert_eq!(owner.ask_with(Request::Connect, &[its.as_fd()]), Ok(Answer::Done));

@@ -108,6 +108,17 @@ impl Code {
         code.raw(&[0xb9]).raw(&turns.to_le_bytes()).raw(&[0xff, 0xc9, 0x75, 0xfc, 0xeb, 0xe2])
     }
 
+    /// Counts up for ever, writes the count each time to the next of so many pages, a power of two, from `at` on, and
+    /// prints its lowest byte, with a pause of so many turns of an empty loop.
+    pub(crate) fn stamp_for_ever(self, at: u32, pages: u32, turns: u32) -> Self {
+        // mov ebx, 0; inc ebx; mov eax, ebx; and eax, pages - 1; shl eax, 12; mov [rax + at], ebx
+        let code = self.raw(&[0xbb, 0, 0, 0, 0, 0xff, 0xc3, 0x89, 0xd8, 0x25]);
+        let code = code.raw(&(pages - 1).to_le_bytes()).raw(&[0xc1, 0xe0, 12, 0x89, 0x98]);
+        // mov al, bl; mov dx, 0x3f8; out dx, al; mov ecx, turns; dec ecx; jnz; jmp to the increment
+        let code = code.raw(&at.to_le_bytes()).raw(&[0x88, 0xd8, 0x66, 0xba, 0xf8, 0x03, 0xee, 0xb9]);
+        code.raw(&turns.to_le_bytes()).raw(&[0xff, 0xc9, 0x75, 0xfc, 0xeb, 0xdc])
+    }
+
     fn raw(mut self, bytes: &[u8]) -> Self {
         self.0.extend(bytes);
         self
