@@ -19,6 +19,7 @@ mod files_atomic;
 mod files_names;
 mod fork;
 mod guest_streams;
+mod incremental;
 mod inspect;
 mod integrity;
 mod leftovers;
@@ -60,6 +61,7 @@ const GROUPS: &[&[Clause]] = &[
     pause::CLAUSES,
     snapshot::CLAUSES,
     snapshot_faults::CLAUSES,
+    incremental::CLAUSES,
     integrity::CLAUSES,
     fork::CLAUSES,
     inspect::CLAUSES,

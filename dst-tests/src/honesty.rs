@@ -124,6 +124,20 @@ pub const CLAUSES: &[(Capability, Clause)] = &[
             faults: []
         ),
     ),
+    (
+        Capability::Inspect,
+        clause!(no_inspect, "honesty.inspect", "without `inspect`: inspect is Unsupported", [], faults: []),
+    ),
+    (
+        Capability::IncrementalSnapshot,
+        clause!(
+            no_incremental,
+            "honesty.incremental_snapshot",
+            "without `incremental_snapshot`: tracked snapshots and restores, bases and merges are Unsupported",
+            [],
+            faults: []
+        ),
+    ),
 ];
 
 async fn lacking(ctx: &Context, capability: Capability) -> Result<Arc<dyn VmInstance>, Broken> {
@@ -271,6 +285,24 @@ async fn no_console_file(ctx: &Context) -> Verdict {
     unsupported("create with a console file", ctx.backend().create(config).await)?;
     ensure!(!path.exists(), "a console file was made at {}", path.display());
     Ok(())
+}
+
+async fn no_inspect(ctx: &Context) -> Verdict {
+    let vm = lacking(ctx, Capability::Inspect).await?;
+    unsupported("inspect", vm.inspect().await)
+}
+
+async fn no_incremental(ctx: &Context) -> Verdict {
+    let vm = lacking(ctx, Capability::IncrementalSnapshot).await?;
+    let base = made_up_snapshot(ctx, vm.id());
+    let options = SnapshotOptions::default();
+    unsupported("a tracked snapshot", vm.snapshot(options.clone().tracked()).await)?;
+    unsupported("a snapshot on a base", vm.snapshot(options.on_base(&base)).await)?;
+    let tracked = RestoreOptions::running().tracked();
+    unsupported("a tracked restore", ctx.backend().restore(&base, tracked).await)?;
+    let other = ctx.created().await?;
+    unsupported("a tracked restore in place", other.restore(&base, tracked).await)?;
+    unsupported("merge_snapshot", ctx.backend().merge_snapshot(&base, None).await)
 }
 
 fn made_up_snapshot(ctx: &Context, vm: VmId) -> Snapshot {

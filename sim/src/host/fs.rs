@@ -148,13 +148,13 @@ impl HostFile for Open {
         let may = |kind| self.world.faults.may(kind);
         if may(FaultKind::HostDiskFull) || may(FaultKind::TornWrite) {
             let saving = self.world.host().saving.clone();
+            // Imports and merges write for no machine.
             let vms = Vms::Any(&saving);
-            let saved = !saving.is_empty();
-            if saved && self.world.strike(FaultKind::HostDiskFull, vms).is_some() {
+            if self.world.strike(FaultKind::HostDiskFull, vms).is_some() {
                 self.append(&self.part(&bytes))?;
                 return Err(io::ErrorKind::StorageFull.into());
             }
-            if saved && self.world.strike(FaultKind::TornWrite, vms).is_some() {
+            if self.world.strike(FaultKind::TornWrite, vms).is_some() {
                 self.append(&self.part(&bytes))?;
                 self.world.lose_host();
                 return Err(io::Error::other("the host was lost"));
@@ -167,9 +167,7 @@ impl HostFile for Open {
         self.world.enter().await;
         self.world.die_if_due();
         let saving = self.world.host().saving.clone();
-        if !saving.is_empty()
-            && let Some(fired) = self.world.strike(FaultKind::LostSync, Vms::Any(&saving))
-        {
+        if let Some(fired) = self.world.strike(FaultKind::LostSync, Vms::Any(&saving)) {
             let later = fired.amount(Duration::from_millis(1), Duration::from_secs(2));
             self.on_disk(|host| host.disk.lose_sync(self.inode))?;
             self.world.die_at(self.world.now() + later);

@@ -24,7 +24,7 @@ use vm_core::{
     },
     observe::NoObserver,
 };
-use vm_guest_protocol::{AGENT_PORT, Frame, encode};
+use vm_guest_protocol::{AGENT_PORT, Channel, Frame, encode};
 use vm_trait::{Capabilities, Capability, HostLimits, Mib};
 
 /// What the agent does next on a connection.
@@ -72,11 +72,13 @@ pub(crate) struct Ill {
     pub(crate) most_taken: Arc<AtomicUsize>,
     /// How many connections the host made.
     pub(crate) dials: Arc<AtomicUsize>,
+    /// How often a machine was told to run on.
+    pub(crate) resumes: Arc<AtomicUsize>,
 }
 
 impl Ill {
     pub(crate) fn new(behaviour: Behaviour) -> Arc<Self> {
-        Arc::new(Self { behaviour, most_taken: Arc::default(), dials: Arc::default() })
+        Arc::new(Self { behaviour, most_taken: Arc::default(), dials: Arc::default(), resumes: Arc::default() })
     }
 
     pub(crate) fn backend(self: &Arc<Self>) -> CoreBackend {
@@ -123,6 +125,7 @@ impl Hypervisor for Ill {
             status: watch::Sender::new(MachineStatus::Fresh),
             most_taken: self.most_taken.clone(),
             dials: self.dials.clone(),
+            resumes: self.resumes.clone(),
         }))
     }
 }
@@ -135,6 +138,7 @@ struct IllMachine {
     status: watch::Sender<MachineStatus>,
     most_taken: Arc<AtomicUsize>,
     dials: Arc<AtomicUsize>,
+    resumes: Arc<AtomicUsize>,
 }
 
 impl IllMachine {
@@ -183,6 +187,7 @@ impl Machine for IllMachine {
     }
 
     async fn resume(&self) -> Result<(), MachineError> {
+        self.resumes.fetch_add(1, Ordering::Relaxed);
         self.obey(MachineStatus::Running).await
     }
 
@@ -300,11 +305,9 @@ async fn play(link: DuplexStream, script: Vec<Act>, most_taken: Arc<AtomicUsize>
             Act::Flood(stream, pattern) => {
                 let mut offset = 0;
                 loop {
-                    let bytes = Bytes::copy_from_slice(&pattern);
-                    let channel = vm_guest_protocol::Channel::Stdout;
-                    let frame = Frame::Data { channel, offset, bytes };
+                    let frame = flood(stream, offset, &pattern);
                     offset += pattern.len() as u64;
-                    if !send(&mut writer, &framed(stream, &frame), &mut taken).await {
+                    if !send(&mut writer, &frame, &mut taken).await {
                         break false;
                     }
                     most_taken.fetch_max(taken, Ordering::Relaxed);
@@ -326,6 +329,12 @@ async fn send(writer: &mut (impl AsyncWriteExt + Unpin), bytes: &[u8], taken: &m
     let sent = writer.write_all(bytes).await.is_ok();
     *taken += if sent { bytes.len() } else { 0 };
     sent
+}
+
+/// Gives a frame of [`Act::Flood`] as it is sent.
+pub(crate) fn flood(stream: u32, offset: u64, pattern: &[u8]) -> BytesMut {
+    let bytes = Bytes::copy_from_slice(pattern);
+    framed(stream, &Frame::Data { channel: Channel::Stdout, offset, bytes })
 }
 
 fn framed(stream: u32, frame: &Frame) -> BytesMut {
