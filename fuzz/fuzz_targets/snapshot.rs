@@ -7,7 +7,11 @@
 
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
-use std::sync::Arc;
+use std::{
+    pin::pin,
+    sync::Arc,
+    task::{Context, Poll, Waker},
+};
 use twox_hash::XxHash3_128;
 use vm_core::container::{ContainerError, FORMAT, verify_bytes};
 use vm_sim::guest::{ProgramRegistry, SimOs};
@@ -15,6 +19,8 @@ use vm_sim::guest::{ProgramRegistry, SimOs};
 const HEADER: usize = 64;
 const TRAILER: usize = 64;
 const HASH: usize = 16;
+/// The longest image that is read.
+const LONGEST: u64 = 1 << 20;
 
 fuzz_target!(|input: &[u8]| {
     let Some((kind, rest)) = input.split_first() else { return };
@@ -22,9 +28,21 @@ fuzz_target!(|input: &[u8]| {
     let bytes = Bytes::from(bytes);
     match verify_bytes(&bytes) {
         Ok((manifest, sections)) => {
-            assert_eq!(manifest.sections.len(), sections.iter().count());
+            let images: Vec<_> = manifest.sections.iter().filter(|entry| entry.image).collect();
+            // Each image has a map, which nobody sees.
+            assert_eq!(manifest.sections.len(), sections.iter().count() + 2 * images.len());
             let content: usize = sections.iter().map(|(_, content)| content.len()).sum();
             assert!(content < bytes.len(), "sections that overlap");
+            for entry in images {
+                let image = sections.image(&entry.name).expect("an image of the manifest");
+                match at_once(image.content(LONGEST)) {
+                    Ok(content) => {
+                        assert_eq!(content.len() as u64, image.total());
+                        let _ = SimOs::load(&content, Arc::new(ProgramRegistry::new()));
+                    }
+                    Err(_) => assert!(image.total() > LONGEST, "an image that was verified"),
+                }
+            }
             for (_, content) in sections.iter() {
                 let _ = SimOs::load(content, Arc::new(ProgramRegistry::new()));
             }
@@ -37,6 +55,16 @@ fuzz_target!(|input: &[u8]| {
         Err(other) => panic!("{other:?}"),
     }
 });
+
+/// Waits for what never waits.
+fn at_once<T>(work: impl Future<Output = T>) -> T {
+    let mut work = pin!(work);
+    let mut context = Context::from_waker(Waker::noop());
+    match work.as_mut().poll(&mut context) {
+        Poll::Ready(done) => done,
+        Poll::Pending => panic!("bytes in memory were waited for"),
+    }
+}
 
 /// Puts header and trailer around a body, whose length the first two bytes say, and a manifest. `%` in the manifest
 /// becomes the hash of the body, which no fuzzer would find.
