@@ -8,7 +8,7 @@ use std::{
     future::Future,
     sync::{
         Arc,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -62,7 +62,9 @@ pub struct Soaked {
     pub backend: &'static str,
     /// How many virtual processors the machines had.
     pub vcpus: u8,
-    /// How many rounds there were.
+    /// How many rounds were asked for.
+    pub asked: u32,
+    /// How many rounds there were: fewer where it was ended early.
     pub rounds: u32,
     /// How many of them went well.
     pub well: u32,
@@ -102,6 +104,17 @@ pub struct Spread {
     pub max: f64,
 }
 
+/// How far it is, and whether it is to end early: what was done until then is told all the same.
+#[derive(Debug, Default)]
+pub struct Watch {
+    /// How many rounds are over.
+    pub done: AtomicU32,
+    /// How many of them failed.
+    pub failed: AtomicU32,
+    /// Whether no further round is to begin.
+    pub ends: Arc<AtomicBool>,
+}
+
 /// Where it is done.
 pub(crate) struct Host<'a> {
     backend: &'a dyn VmBackend,
@@ -111,11 +124,11 @@ pub(crate) struct Host<'a> {
     private_kib: &'a dyn Fn(VmId) -> Option<f64>,
     /// How long busy programs pause at a time, in seconds: a simulated clock stands still while they do not.
     pause: &'a str,
-    done: Arc<AtomicU32>,
+    watch: Arc<Watch>,
 }
 
 impl Soak {
-    /// Does it on simulated machines, whose times are virtual. `done` counts the rounds.
+    /// Does it on simulated machines, whose times are virtual.
     ///
     /// # Errors
     /// What failed before the first round.
@@ -123,7 +136,7 @@ impl Soak {
         self,
         environment: Environment,
         seed: u64,
-        done: Arc<AtomicU32>,
+        watch: Arc<Watch>,
     ) -> Result<Soaked, String> {
         let run = environment.run(seed, move || async move {
             let backend = SimBackend::builder().seed(seed).build();
@@ -134,18 +147,18 @@ impl Soak {
                 config: VmConfig::default(),
                 private_kib: &|_| None,
                 pause: "0.05",
-                done,
+                watch,
             };
             host.soak(self, "sim").await
         });
         run.and_then(|soaked| soaked)
     }
 
-    /// Does it on machines of KVM. `done` counts the rounds.
+    /// Does it on machines of KVM.
     ///
     /// # Errors
     /// Why machines cannot run here, or what failed before the first round.
-    pub fn on_kvm(self, done: Arc<AtomicU32>) -> Result<Soaked, String> {
+    pub fn on_kvm(self, watch: Arc<Watch>) -> Result<Soaked, String> {
         let bench = kvm_bench::Open::new()?;
         let hypervisor = bench.hypervisor.clone();
         let private_kib = move |vm| hypervisor.launcher_pid(vm).and_then(kvm_bench::private_kib);
@@ -156,7 +169,7 @@ impl Soak {
                 config: bench.config.clone(),
                 private_kib: &private_kib,
                 pause: "0.002",
-                done,
+                watch,
             };
             host.soak(self, "kvm").await
         })
@@ -172,22 +185,40 @@ impl Host<'_> {
             Repeated::Fork => self.forks(soak, &mut account).await?,
             Repeated::Boot => {
                 for round in 1..=soak.rounds {
+                    if self.ends() {
+                        break;
+                    }
                     let outcome = self.boot_once(&mut account).await;
-                    account.note(round, outcome);
-                    self.done.fetch_add(1, Ordering::Relaxed);
+                    self.over(round, outcome, &mut account);
                 }
             }
         }
         let failed = u32::try_from(account.failures.len()).unwrap_or(u32::MAX);
+        let rounds = match soak.what {
+            Repeated::Fork => soak.rounds,
+            _ => self.watch.done.load(Ordering::Relaxed),
+        };
         Ok(Soaked {
             what: soak.what,
             backend,
             vcpus: soak.vcpus,
-            rounds: soak.rounds,
-            well: soak.rounds.saturating_sub(failed),
+            asked: soak.rounds,
+            rounds,
+            well: rounds.saturating_sub(failed),
             failures: account.failures,
             measured: account.samples.into_iter().filter_map(Samples::spread).collect(),
         })
+    }
+
+    fn ends(&self) -> bool {
+        self.watch.ends.load(Ordering::Relaxed)
+    }
+
+    /// Takes note of a round that is over.
+    fn over(&self, round: u32, outcome: Result<(), Wrong>, account: &mut Account) {
+        self.watch.failed.fetch_add(u32::from(outcome.is_err()), Ordering::Relaxed);
+        account.note(round, outcome);
+        self.watch.done.fetch_add(1, Ordering::Relaxed);
     }
 
     async fn restores(&self, soak: Soak, account: &mut Account) -> Result<(), String> {
@@ -201,6 +232,9 @@ impl Host<'_> {
         source.kill().await.map_err(|error| error.to_string())?;
         drop(source);
         for round in 1..=soak.rounds {
+            if self.ends() {
+                break;
+            }
             let begun = self.env.now();
             let restore = self.backend.restore(&snapshot, RestoreOptions::running());
             let outcome = match self.step("restore", None, restore).await {
@@ -210,8 +244,7 @@ impl Host<'_> {
                 }
                 Err(wrong) => Err(wrong),
             };
-            account.note(round, outcome);
-            self.done.fetch_add(1, Ordering::Relaxed);
+            self.over(round, outcome, account);
         }
         self.backend.delete_snapshot(&snapshot).await.map_err(|error| error.to_string())
     }
@@ -279,8 +312,7 @@ impl Host<'_> {
             let begun = self.env.now();
             let ran = self.step("first exec", Some(&***child), child.run("true", [""; 0])).await;
             account.time("first exec of a child", self.env.now() - begun);
-            account.note(*round, ran.map(drop));
-            self.done.fetch_add(1, Ordering::Relaxed);
+            self.over(*round, ran.map(drop), account);
         }
         self.memory(&alive, "private memory after one program", account).await;
         let began = self.env.now();
@@ -495,10 +527,10 @@ mod tests {
     #[test]
     fn rounds_on_good_machines_go_well() {
         for what in [Repeated::Restore, Repeated::Fork, Repeated::Boot] {
-            let done = Arc::new(AtomicU32::new(0));
-            let soaked = soak(what, 4).simulated(Environment::Tokio, 7, done.clone()).unwrap();
+            let watch = Arc::new(Watch::default());
+            let soaked = soak(what, 4).simulated(Environment::Tokio, 7, watch.clone()).unwrap();
             assert_eq!((soaked.well, soaked.rounds), (4, 4), "{:?}", soaked.failures);
-            assert_eq!(done.load(Ordering::Relaxed), 4);
+            assert_eq!(watch.done.load(Ordering::Relaxed), 4);
             assert!(soaked.measured.iter().all(|spread| spread.min <= spread.median));
             assert!(
                 soaked.measured.iter().any(|spread| spread.count == 4),
@@ -506,6 +538,14 @@ mod tests {
                 soaked.measured
             );
         }
+    }
+
+    #[test]
+    fn one_that_is_ended_tells_what_was_done() {
+        let watch = Arc::new(Watch::default());
+        watch.ends.store(true, Ordering::Relaxed);
+        let soaked = soak(Repeated::Restore, 4).simulated(Environment::Tokio, 7, watch).unwrap();
+        assert_eq!((soaked.asked, soaked.rounds, soaked.well), (4, 0, 0));
     }
 
     #[test]
@@ -521,7 +561,7 @@ mod tests {
                 config: VmConfig::default(),
                 private_kib: &|_| None,
                 pause: "0.05",
-                done: Arc::default(),
+                watch: Arc::default(),
             };
             host.soak(soak(Repeated::Restore, 8), "sim").await
         });

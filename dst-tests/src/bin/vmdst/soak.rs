@@ -1,18 +1,17 @@
 //! `vmdst soak`.
 
-use crate::{Backend, Chosen, FAILED, Problem, any_number, print, write_json};
+use crate::{
+    Backend, Chosen, FAILED, INTERRUPTED, Problem, any_number, interrupt, print, write_json,
+};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{
     fmt::Write,
     path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     thread,
     time::Duration,
 };
-use vm_dst::soak::{Failure, Repeated, Soak, Soaked};
+use vm_dst::soak::{Failure, Repeated, Soak, Soaked, Watch};
 
 /// How many rounds there can be.
 const MOST_ROUNDS: u64 = 1_000_000;
@@ -55,15 +54,19 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8, Problem> {
     let soak = soak(arguments)?;
     let chosen = &arguments.chosen;
     let environment = chosen.environment_of_sim()?;
-    let done = Arc::new(AtomicU32::new(0));
+    let watch = Arc::new(Watch { ends: interrupt::flag(), ..Watch::default() });
     let bar = progress_bar(soak.rounds);
     let soaked = thread::scope(|scope| {
         let work = scope.spawn(|| match environment {
-            Some(environment) => soak.simulated(environment, arguments.seed, done.clone()),
-            None => soak.on_kvm(done.clone()),
+            Some(environment) => soak.simulated(environment, arguments.seed, watch.clone()),
+            None => soak.on_kvm(watch.clone()),
         });
         while !work.is_finished() {
-            bar.set_position(u64::from(done.load(Ordering::Relaxed)));
+            bar.set_position(u64::from(watch.done.load(Ordering::Relaxed)));
+            match watch.failed.load(Ordering::Relaxed) {
+                0 => {}
+                failed => bar.set_message(format!("{failed} failed")),
+            }
             thread::sleep(Duration::from_millis(50));
         }
         work.join().unwrap_or_else(|_| Err("it panicked".to_owned()))
@@ -74,7 +77,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8, Problem> {
         write_json(path, &soaked)?;
     }
     print(&text(&soaked))?;
-    Ok(if soaked.failures.is_empty() { 0 } else { FAILED })
+    Ok(match () {
+        () if !soaked.failures.is_empty() => FAILED,
+        () if soaked.rounds < soaked.asked => INTERRUPTED,
+        () => 0,
+    })
 }
 
 fn soak(arguments: &Arguments) -> Result<Soak, Problem> {
@@ -117,13 +124,18 @@ fn text(soaked: &Soaked) -> String {
             let _ = writeln!(text, "  | {line}");
         });
     }
+    if soaked.rounds < soaked.asked {
+        let _ = writeln!(text, "ended early: {} rounds were asked for", soaked.asked);
+    }
     let _ = writeln!(text, "{} of {} rounds went well", soaked.well, soaked.rounds);
     text
 }
 
 fn progress_bar(rounds: u32) -> ProgressBar {
     let bar = ProgressBar::new(rounds.into());
-    if let Ok(style) = ProgressStyle::with_template("{bar:40} {pos}/{len} rounds, {eta} left") {
+    if let Ok(style) =
+        ProgressStyle::with_template("{bar:40} {pos}/{len} rounds, {eta} left {msg:.red}")
+    {
         bar.set_style(style);
     }
     bar
