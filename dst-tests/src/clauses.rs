@@ -8,6 +8,10 @@ mod chaos;
 mod concurrency;
 mod config;
 mod console_file;
+mod copies;
+mod copies_streams;
+mod copies_time;
+mod copies_writes;
 mod deadline;
 mod errors;
 mod events;
@@ -62,8 +66,14 @@ const GROUPS: &[&[Clause]] = &[
     snapshot::CLAUSES,
     snapshot_faults::CLAUSES,
     incremental::CLAUSES,
+    copies_streams::SNAPSHOT_CLAUSES,
+    copies_time::SNAPSHOT_CLAUSES,
+    copies_writes::SNAPSHOT_CLAUSES,
     integrity::CLAUSES,
     fork::CLAUSES,
+    copies_streams::FORK_CLAUSES,
+    copies_time::FORK_CLAUSES,
+    copies_writes::FORK_CLAUSES,
     inspect::CLAUSES,
     vsock::CLAUSES,
     vsock_life::CLAUSES,

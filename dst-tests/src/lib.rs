@@ -51,6 +51,7 @@ pub mod report;
 pub mod runner;
 pub mod seeds;
 pub mod session;
+pub mod soak;
 pub mod summary;
 pub mod target;
 pub mod template;

@@ -87,8 +87,39 @@ fn every_environment_of_this_build_runs() {
 }
 
 #[test]
+fn a_soak_says_how_often_it_went_well() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("soak.json");
+    for (what, measured) in
+        [("restore", "restore to first exec"), ("fork", "first exec of a child")]
+    {
+        let (code, text, errors) = output(&[
+            "soak",
+            "--what",
+            what,
+            "--rounds",
+            "3",
+            "--vcpus",
+            "2",
+            "--json",
+            path.to_str().unwrap(),
+        ]);
+        assert_eq!(code, Some(0), "{text}\n{errors}");
+        assert_eq!(text.lines().last(), Some("3 of 3 rounds went well"));
+        let json: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        assert_eq!((&json["well"], &json["vcpus"]), (&Value::from(3), &Value::from(2)));
+        let spreads = json["measured"].as_array().unwrap();
+        assert!(spreads.iter().any(|it| it["what"] == measured && it["count"] == 3), "{json}");
+    }
+}
+
+#[test]
 fn bad_usage_is_told_from_failure() {
-    let bad: [&[&str]; 14] = [
+    let bad: [&[&str]; 18] = [
+        &["soak", "--rounds", "0"],
+        &["soak", "--what", "fork", "--rounds", "1025"],
+        &["soak", "--vcpus", "256"],
+        &["soak", "--backend", "process"],
         &[],
         &["walk"],
         &["run", "--seeds", "0"],

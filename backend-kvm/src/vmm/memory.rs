@@ -322,6 +322,67 @@ mod tests {
         }
     }
 
+    /// Gives a file of two pages of ones, two of twos, and so on.
+    fn pages_of(count: u8) -> File {
+        let file = tempfile::tempfile().unwrap();
+        let bytes: Vec<u8> = (1..=count).flat_map(|number| [number; 8192]).collect();
+        rustix::io::pwrite(&file, &bytes, 0).unwrap();
+        file
+    }
+
+    const PAGE: u64 = crate::snapshot::PAGE;
+
+    fn piece(page: u64, pages: u64, file: u64, at: u64) -> MemoryPiece {
+        MemoryPiece { address: page * PAGE, length: pages * PAGE, file, at: at * PAGE }
+    }
+
+    #[test]
+    fn memory_shows_what_stands_in_files_and_keeps_what_is_written() {
+        let files = [pages_of(3), pages_of(9)];
+        let pieces = [piece(1, 2, 1, 14), piece(3, 3, 0, 3), piece(0x1000, 1, 1, 0)];
+        let saved = GuestMemory::saved(64, &pieces, &files).unwrap();
+        let read = |page: u64| saved.memory.read_obj::<u8>(GuestAddress(page * PAGE + 9)).unwrap();
+        let seen: Vec<_> = (0..7).map(read).collect();
+        assert_eq!((&seen[..], read(0x1000)), (&[0, 8, 8, 2, 3, 3, 0][..], 1));
+        saved.memory.write_obj(77_u8, GuestAddress(4 * PAGE)).unwrap();
+        assert_eq!(read(4), 3);
+        let mut kept = [0];
+        rustix::io::pread(&files[0], &mut kept, 4 * PAGE).unwrap();
+        assert_eq!(kept, [3]);
+        // Only what was written to is this process's own.
+        let host = saved.memory.get_host_address(GuestAddress(PAGE)).unwrap() as u64;
+        let own = crate::vmm::page_map::PageMap::open().look(host, 5 * PAGE).own(5 * PAGE);
+        assert_eq!(own, [Range { start: 3 * PAGE, end: 4 * PAGE }]);
+    }
+
+    #[test]
+    fn pieces_outside_of_memory_or_files_are_refused() {
+        let files = [pages_of(3)];
+        let end = (64 << 20) / PAGE;
+        for wrong in [
+            piece(0, 7, 0, 0),
+            piece(0, 1, 0, 6),
+            piece(0, 1, 1, 0),
+            piece(0, 1, u64::MAX, 0),
+            piece(end, 1, 0, 0),
+            piece(end - 1, 2, 0, 0),
+            MemoryPiece { at: u64::MAX - 4095, ..piece(0, 1, 0, 0) },
+        ] {
+            let refusal = GuestMemory::saved(64, &[wrong], &files).unwrap_err();
+            assert!(matches!(refusal, Refusal::Corrupt(_)), "{wrong:?}: {refusal:?}");
+        }
+    }
+
+    #[test]
+    fn loaded_ranges_are_found() {
+        let loaded = LoadedRanges(vec![10..20, 20..30, 40..50]);
+        let within = |bytes| loaded.within(bytes).collect::<Vec<_>>();
+        assert_eq!(within(0..10), []);
+        assert_eq!(within(15..45), [15..20, 20..30, 40..45]);
+        assert_eq!(within(30..40), []);
+        assert_eq!(within(49..100), [Range { start: 49, end: 50 }]);
+    }
+
     #[test]
     fn huge_pages_can_hold_memory() {
         for region in map(5 << 10).unwrap().iter() {

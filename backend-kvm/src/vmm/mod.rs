@@ -24,6 +24,9 @@ mod devices;
 mod exit_detail;
 mod fds;
 mod flush;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod layout;
 mod machine;
 mod memory;

@@ -64,7 +64,7 @@ impl Tracker {
             self.moments.known.clear();
             self.logs = false;
         })?;
-        self.moments.add(changes);
+        self.moments.add(&changes);
         Ok(())
     }
 
@@ -166,9 +166,9 @@ impl Moments {
         self.last
     }
 
-    fn add(&mut self, changes: Changes) {
+    fn add(&mut self, changes: &Changes) {
         if let Some(moment) = self.known.back_mut() {
-            moment.changes.add(&changes);
+            moment.changes.add(changes);
         }
     }
 
@@ -250,7 +250,7 @@ mod tests {
                 model.push((0, BTreeSet::new(), BTreeSet::new()));
             }
             for (memory, disk, begin) in steps {
-                moments.add(Changes {
+                moments.add(&Changes {
                     memory: Some(vec![parts(&memory, 4096)]),
                     disks: vec![parts(&disk, 1 << 16)],
                 });

@@ -54,7 +54,11 @@ fn make_a_whole() {
         let since = layers.last().unwrap().generation;
         let layer = tracked(&mut owner, &parts, since);
         assert_eq!(layer.generation, Some(number + 1));
-        assert!(has_pages(&layer.memory, 5..u64::from(PAGES) + 30), "{:?}", addresses(&layer.memory));
+        assert!(
+            has_pages(&layer.memory, 5..u64::from(PAGES) + 30),
+            "{:?}",
+            addresses(&layer.memory)
+        );
         layers.push(layer);
         let all: Vec<_> = layers.iter().collect();
         assert!(overlaid(all.iter().map(|layer| &layer.memory)) == overlaid([&whole.memory]));
@@ -88,7 +92,11 @@ fn since_loaded() {
         let came = go_on(&mut owner, &parts);
         let whole = capture(&mut owner, &parts);
         let since = tracked(&mut owner, &parts, Some(0));
-        assert!(has_pages(&since.memory, 5..u64::from(PAGES) + 30), "{:?}", addresses(&since.memory));
+        assert!(
+            has_pages(&since.memory, 5..u64::from(PAGES) + 30),
+            "{:?}",
+            addresses(&since.memory)
+        );
         assert!(overlaid([&base.memory, &since.memory]) == overlaid([&whole.memory]));
         let packed = Packed::new(&[&base, &since]);
         let (mut loaded, shown) = packed.load(&parts.set_up).unwrap();
@@ -245,7 +253,8 @@ fn what_devices_write() {
         let since = layers.last().and_then(|layer| layer.generation);
         layers.push(tracked(&mut owner, &parts, since));
         assert!(overlaid(layers.iter().map(|layer| &layer.memory)) == overlaid([&whole.memory]));
-        let of_disks = |captured: &Captured| captured.disks.get(&0x100).cloned().unwrap_or_default();
+        let of_disks =
+            |captured: &Captured| captured.disks.get(&0x100).cloned().unwrap_or_default();
         let disks: Vec<_> = layers.iter().map(of_disks).collect();
         assert!(overlaid(&disks) == overlaid([&of_disks(&whole)]));
         assert_eq!(whole.disks.get(&0x101), None);

@@ -139,7 +139,9 @@ fn pages(content: &Content) -> impl Iterator<Item = (u64, Option<(&[u8], u64)>)>
 }
 
 /// Gives what several captures, the oldest first, hold together, without zeros.
-pub(crate) fn overlaid<'a>(layers: impl IntoIterator<Item = &'a Content>) -> BTreeMap<u64, &'a [u8]> {
+pub(crate) fn overlaid<'a>(
+    layers: impl IntoIterator<Item = &'a Content>,
+) -> BTreeMap<u64, &'a [u8]> {
     let mut all = BTreeMap::new();
     for (at, page) in layers.into_iter().flat_map(pages) {
         all.insert(at, page.map_or(&[][..], |(bytes, _)| bytes));
@@ -280,7 +282,10 @@ fn disks() {
     // Only what is not zero of the one disk that has anything, in whole pages.
     let mut page = vec![7; 9000];
     page.resize(3 * 4096, 0);
-    assert_eq!(captured.disks, BTreeMap::from([(0x100, BTreeMap::from([(3 << 20, Told::Content(page))]))]));
+    assert_eq!(
+        captured.disks,
+        BTreeMap::from([(0x100, BTreeMap::from([(3 << 20, Told::Content(page))]))])
+    );
 }
 
 fn unread() {

@@ -24,7 +24,8 @@ const PORT: u32 = 7;
 pub(crate) const DEVICE: u64 = 0xd000_0000;
 
 /// Queues, with the data of each buffer in 64 bytes: what the guest receives, and what it sends.
-pub(crate) const QUEUES: [Queue; 2] = [Queue { number: 0, at: 0x11_0000 }, Queue { number: 1, at: 0x11_4000 }];
+pub(crate) const QUEUES: [Queue; 2] =
+    [Queue { number: 0, at: 0x11_0000 }, Queue { number: 1, at: 0x11_4000 }];
 pub(crate) const SLOTS: u16 = 64;
 const SLOT: u32 = 64;
 

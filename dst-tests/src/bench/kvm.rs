@@ -10,10 +10,12 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
 use vm_backend_kvm::{KvmHypervisor, LauncherProgram};
 use vm_core::{
     backend::{CoreBackend, CoreParts},
-    env::TokioEnv,
+    env::{Env, TokioEnv},
     host_fs::StdFs,
     observe::{Observer, Occurrence},
 };
@@ -109,31 +111,9 @@ impl KvmBench {
     /// # Errors
     /// Why machines cannot run here, or what failed.
     pub fn run(&self, progress: &mut dyn FnMut(f64)) -> Result<KvmMeasured, String> {
-        let (found, root) = KvmTarget::new().parts()?;
-        let hypervisor = with_launcher_beside(found)?;
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(2)
-            .enable_all()
-            .build()
-            .map_err(|error| format!("no tokio runtime: {error}"))?;
-        let stopwatch = Arc::new(Stopwatch::default());
-        let snapshots = tempfile::tempdir().map_err(|error| error.to_string())?;
-        runtime.block_on(async {
-            let backend = CoreBackend::new(CoreParts {
-                hypervisor: hypervisor.clone(),
-                env: Arc::new(TokioEnv::real(|bytes| {
-                    // Machines would then share a name, which fails.
-                    let _ = getrandom::fill(bytes);
-                })),
-                fs: Arc::new(StdFs),
-                snapshots: snapshots.path().to_owned(),
-                observer: stopwatch.clone(),
-            });
-            let mut config = VmConfig::default();
-            config.root = RootConfig::directory(root);
-            let bench = Bench { hypervisor: &hypervisor, backend: &backend, stopwatch: &stopwatch };
-            self.measure(&bench, &config, progress).await
-        })
+        let Open { hypervisor, backend, stopwatch, config, runtime, .. } = &Open::new()?;
+        let bench = Bench { hypervisor, backend, stopwatch };
+        runtime.block_on(self.measure(&bench, config, progress))
     }
 
     async fn measure(
@@ -178,6 +158,49 @@ impl KvmBench {
             cycles: self.cycles,
             left_over,
         })
+    }
+}
+
+/// Machines of KVM to measure, in a runtime of their own.
+pub(crate) struct Open {
+    pub(crate) hypervisor: Arc<KvmHypervisor>,
+    pub(crate) backend: CoreBackend,
+    pub(crate) env: Arc<dyn Env>,
+    pub(crate) config: VmConfig,
+    pub(crate) runtime: Runtime,
+    stopwatch: Arc<Stopwatch>,
+    _snapshots: TempDir,
+}
+
+impl Open {
+    pub(crate) fn new() -> Result<Self, String> {
+        let (found, root) = KvmTarget::new().parts()?;
+        let hypervisor = with_launcher_beside(found)?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .map_err(|error| format!("no tokio runtime: {error}"))?;
+        let stopwatch = Arc::new(Stopwatch::default());
+        let snapshots = tempfile::tempdir().map_err(|error| error.to_string())?;
+        let env: Arc<dyn Env> = {
+            let _inside = runtime.enter();
+            let real = TokioEnv::real(|bytes| {
+                // Machines would then share a name, which fails.
+                let _ = getrandom::fill(bytes);
+            });
+            Arc::new(real)
+        };
+        let backend = CoreBackend::new(CoreParts {
+            hypervisor: hypervisor.clone(),
+            env: env.clone(),
+            fs: Arc::new(StdFs),
+            snapshots: snapshots.path().to_owned(),
+            observer: stopwatch.clone(),
+        });
+        let mut config = VmConfig::default();
+        config.root = RootConfig::directory(root);
+        Ok(Self { hypervisor, backend, env, config, runtime, stopwatch, _snapshots: snapshots })
     }
 }
 
@@ -299,7 +322,7 @@ impl Observer for Stopwatch {
 }
 
 /// Sums up a process's memory that is resident and its own alone, in KiB.
-fn private_kib(pid: u32) -> Option<f64> {
+pub(crate) fn private_kib(pid: u32) -> Option<f64> {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
     private_of(&text)
 }

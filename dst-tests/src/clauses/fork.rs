@@ -1,8 +1,11 @@
 //! Forks.
 
-use super::probe::{
-    Nonce, SOON, Stage, Ticker, Vm, disk, made, order, random, read_to_end, read_until, spawn_sh,
-    started, truthful, uptime, works,
+use super::{
+    copies::forked,
+    probe::{
+        Nonce, SOON, Stage, Ticker, Vm, disk, made, order, random, read_to_end, read_until,
+        spawn_sh, started, truthful, uptime, works,
+    },
 };
 use crate::{
     clause,
@@ -44,14 +47,6 @@ pub(super) const CLAUSES: &[Clause] = &[
     clause!(restartable, "fork.children_are_machines",
         "a child stops, starts and is killed as any machine", [Exec, Files, Fork], faults: []),
 ];
-
-/// Forks a machine into children of which none may fail.
-async fn forked(vm: &Vm, count: u64) -> Result<Vec<Vm>, Broken> {
-    let count = u32::try_from(count).unwrap_or(1);
-    let children = vm.fork(ForkOptions::new(count)).await?;
-    ensure_eq!(children.len(), usize::try_from(count).unwrap_or(0), "the number of children");
-    children.into_iter().map(|child| child.map_err(Broken::from)).collect()
-}
 
 async fn children_have_memory(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;

@@ -243,7 +243,11 @@ impl Ticker {
 
 /// Reads the guest's monotonic clock.
 pub(super) async fn uptime(vm: &Vm) -> Result<Duration, Broken> {
-    let text = sh(vm, "cat /proc/uptime").await?;
+    uptime_of(&sh(vm, "cat /proc/uptime").await?)
+}
+
+/// Reads the first line of `/proc/uptime`.
+pub(super) fn uptime_of(text: &str) -> Result<Duration, Broken> {
     let seconds = text.split_whitespace().next().and_then(|word| word.parse::<f64>().ok());
     match seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()) {
         Some(uptime) => Ok(uptime),

@@ -19,6 +19,7 @@ mod doctor;
 mod interrupt;
 mod replay;
 mod run;
+mod soak;
 
 /// Something failed.
 const FAILED: u8 = 1;
@@ -26,6 +27,9 @@ const FAILED: u8 = 1;
 const BAD_USAGE: u8 = 2;
 /// Ended by Ctrl-C.
 const INTERRUPTED: u8 = 130;
+
+/// Why `--env` is refused.
+const ENV_OF_SIM: &str = "--env is for the simulated backend; the others run in real time";
 
 /// Holds virtual machine backends to the behavioural contract of twinvm.
 #[derive(Debug, Parser)]
@@ -51,6 +55,8 @@ enum Command {
     Doctor,
     /// Measures the simulator
     Bench(bench::Arguments),
+    /// Restores, forks or boots machines many times in a row, and says how often it went well
+    Soak(soak::Arguments),
 }
 
 /// Which backend, and in which environment.
@@ -78,11 +84,18 @@ impl Chosen {
     fn target(&self) -> Result<Arc<dyn Target>, Problem> {
         match self.backend {
             Backend::Sim => Ok(Arc::new(SimTarget::new(self.environment()?))),
-            _ if self.env.is_some() => Err(Problem::usage(
-                "--env is for the simulated backend; the others run in real time",
-            )),
+            _ if self.env.is_some() => Err(Problem::usage(ENV_OF_SIM)),
             Backend::Process => Ok(Arc::new(ProcessTarget::new())),
             Backend::Kvm => Ok(Arc::new(KvmTarget::new())),
+        }
+    }
+
+    /// Gives the environment of simulated runs, and none for a backend that runs in real time.
+    fn environment_of_sim(&self) -> Result<Option<Environment>, Problem> {
+        match self.backend {
+            Backend::Sim => self.environment().map(Some),
+            _ if self.env.is_some() => Err(Problem::usage(ENV_OF_SIM)),
+            _ => Ok(None),
         }
     }
 
@@ -144,6 +157,7 @@ fn main() -> ExitCode {
         }
         Command::Doctor => doctor::run(),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Soak(arguments) => soak::run(&arguments),
     };
     match result {
         Ok(code) => ExitCode::from(code),
