@@ -55,6 +55,7 @@ const CLAIMS: &[Capability] = &[
     Capability::Snapshot,
     Capability::RestoreInPlace,
     Capability::Inspect,
+    Capability::IncrementalSnapshot,
 ];
 
 /// Why machines of this kind cannot be made here.
