@@ -10,8 +10,8 @@ use rustix::event::{PollFd, PollFlags};
 use std::{io, os::fd::AsFd, sync::Arc, thread};
 use tokio::{net::UnixStream, task::spawn_blocking};
 use vm_core::machine::{
-    Acceptor, CaptureOrder, Captured, Link, Machine, MachineError, MachineExit, MachineSpec, MachineStats,
-    MachineStatus, Sections,
+    Acceptor, CaptureOrder, Captured, Link, Machine, MachineError, MachineExit, MachineSpec,
+    MachineStats, MachineStatus, Sections,
 };
 use vm_guest_protocol::AGENT_PORT;
 use vm_trait::VmId;

@@ -19,8 +19,7 @@ use std::{
 };
 use vm_trait::{
     Capabilities, Capability, HostLimits, Operation, RestoreOptions, Snapshot, SnapshotId,
-    SnapshotMetadata,
-    VmBackend, VmConfig, VmError, VmErrorKind, VmInstance, VmResult,
+    SnapshotMetadata, VmBackend, VmConfig, VmError, VmErrorKind, VmInstance, VmResult,
 };
 
 /// What a backend is made of.

@@ -99,13 +99,19 @@ impl Chain {
     async fn grow(&mut self, ctx: &Context) -> Verdict {
         let nonce = self.nonces[self.nonces.len() - 1].replace(ctx, &self.vm).await?;
         let path = match ctx.one_in(2) {
-            true => Some(snapshot_path(ctx, &self.vm, &format!("{}.snap", self.links.len())).await?),
+            true => {
+                Some(snapshot_path(ctx, &self.vm, &format!("{}.snap", self.links.len())).await?)
+            }
             false => None,
         };
         let mut options = on(self.last());
         options.path = path;
         let snapshot = self.vm.snapshot(options).await?;
-        ensure_eq!(snapshot.metadata.base, Some(self.last().metadata.id), "the base in the metadata");
+        ensure_eq!(
+            snapshot.metadata.base,
+            Some(self.last().metadata.id),
+            "the base in the metadata"
+        );
         self.nonces.push(nonce);
         self.links.push(snapshot);
         Ok(())
@@ -185,7 +191,8 @@ async fn disks(ctx: &Context) -> Verdict {
     in_memory.replace(ctx, &vm).await?;
     let restored = ctx.backend().restore(&step, RestoreOptions::running()).await?;
     second.there(&restored, "on the disk of a machine from a chain").await?;
-    kept.there(&restored, "on the disk of a machine from a chain, unchanged since the base").await?;
+    kept.there(&restored, "on the disk of a machine from a chain, unchanged since the base")
+        .await?;
     in_memory.there(&restored, "in its memory").await?;
     ctx.backend().delete_snapshot(&step).await?;
     Ok(ctx.backend().delete_snapshot(&base).await?)

@@ -16,8 +16,8 @@ use vm_core::{
     env::Env,
     fault::{FaultControl, FaultKind, FaultOrder, FaultRefused},
     machine::{
-        Acceptor, CaptureOrder, Captured, Hypervisor, Link, Machine, MachineError, MachineExit, MachineSpec,
-        MachineStats, MachineStatus, Sections,
+        Acceptor, CaptureOrder, Captured, Hypervisor, Link, Machine, MachineError, MachineExit,
+        MachineSpec, MachineStats, MachineStatus, Sections,
     },
 };
 use vm_guest_protocol::AGENT_PORT;

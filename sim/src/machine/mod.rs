@@ -25,8 +25,8 @@ use std::{fmt, sync::Arc, time::Duration};
 use vm_core::{
     fault::FaultKind,
     machine::{
-        Acceptor, CaptureOrder, Captured, Hypervisor, Link, Machine, MachineError, MachineExit, MachineSpec,
-        MachineStats, MachineStatus, Sections,
+        Acceptor, CaptureOrder, Captured, Hypervisor, Link, Machine, MachineError, MachineExit,
+        MachineSpec, MachineStats, MachineStatus, Sections,
     },
 };
 use vm_guest_protocol::AGENT_PORT;

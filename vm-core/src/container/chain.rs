@@ -9,12 +9,7 @@ use crate::{
     image::Image,
     machine::{MachineError, SectionSink, Sections},
 };
-use std::{
-    collections::BTreeMap,
-    io,
-    path::Path,
-    sync::Arc,
-};
+use std::{collections::BTreeMap, io, path::Path, sync::Arc};
 use vm_trait::SnapshotMetadata;
 
 /// The most containers of a chain, the whole one at its end included.

@@ -164,8 +164,7 @@ async fn parse(reader: Arc<dyn HostFileReader>, path: &Path) -> Result<Opened, C
     if trailer.manifest_length > MAX_MANIFEST as u64 {
         return Err(corrupt("the manifest is too long"));
     }
-    let encoded =
-        read(&*reader, path, trailer.manifest_offset, trailer.manifest_length).await?;
+    let encoded = read(&*reader, path, trailer.manifest_offset, trailer.manifest_length).await?;
     if Hash::of(&encoded) != trailer.manifest_hash {
         return Err(corrupt("the manifest's hash does not hold"));
     }
@@ -190,7 +189,8 @@ async fn parse(reader: Arc<dyn HostFileReader>, path: &Path) -> Result<Opened, C
             continue;
         }
         let map = entries.next().filter(|map| !map.image && map.name == map_section(&name));
-        let map = map.ok_or_else(|| ContainerError::Corrupt(format!("image `{name}` has no map")))?;
+        let map =
+            map.ok_or_else(|| ContainerError::Corrupt(format!("image `{name}` has no map")))?;
         let map = ImageMap::decode(&section(&*reader, path, map).await?)
             .map_err(|why| ContainerError::Corrupt(format!("the map of `{name}`: {why}")))?;
         if map.packed() != entry.length {

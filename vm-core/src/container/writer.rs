@@ -157,9 +157,10 @@ impl ContainerWriter {
 
     /// Ends a section, and writes the map of an image behind it.
     async fn end_with_map(&mut self) -> Result<(), ContainerError> {
-        let image = self.open.as_ref().and_then(|section| {
-            Some((map_section(&section.name), section.map.as_ref()?.encode()))
-        });
+        let image = self
+            .open
+            .as_ref()
+            .and_then(|section| Some((map_section(&section.name), section.map.as_ref()?.encode())));
         self.end_section().await?;
         let Some((name, map)) = image else { return Ok(()) };
         self.open_section(&name, None)?;

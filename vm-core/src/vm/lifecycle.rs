@@ -158,7 +158,8 @@ impl Actor {
         }
         if let Some(sections) = &sections {
             // A damaged guest may fail in any way; the damage is then the reason.
-            let wanted = !matches!(&outcome, Err((_, Failure::Cut(Cut::Preempted | Cut::CallerGone))));
+            let wanted =
+                !matches!(&outcome, Err((_, Failure::Cut(Cut::Preempted | Cut::CallerGone))));
             if wanted {
                 let verified = self.drive(reply, left(&core), sections.verify()).await;
                 flatten(verified).map_err(at(BootStage::Kernel))?;

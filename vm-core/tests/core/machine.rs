@@ -19,8 +19,8 @@ use vm_core::{
     env::TokioEnv,
     host_fs::StdFs,
     machine::{
-        Acceptor, CaptureOrder, Captured, Generation, Hypervisor, Link, Machine, MachineError, MachineExit, MachineSpec,
-        MachineStats, MachineStatus, SectionSink, Sections,
+        Acceptor, CaptureOrder, Captured, Generation, Hypervisor, Link, Machine, MachineError,
+        MachineExit, MachineSpec, MachineStats, MachineStatus, SectionSink, Sections,
     },
     observe::NoObserver,
 };
@@ -78,7 +78,12 @@ pub(crate) struct Ill {
 
 impl Ill {
     pub(crate) fn new(behaviour: Behaviour) -> Arc<Self> {
-        Arc::new(Self { behaviour, most_taken: Arc::default(), dials: Arc::default(), resumes: Arc::default() })
+        Arc::new(Self {
+            behaviour,
+            most_taken: Arc::default(),
+            dials: Arc::default(),
+            resumes: Arc::default(),
+        })
     }
 
     pub(crate) fn backend(self: &Arc<Self>) -> CoreBackend {

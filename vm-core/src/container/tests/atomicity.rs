@@ -225,7 +225,8 @@ fn a_configuration_that_cannot_be_written_is_an_error() {
     let mut config = VmConfig::default();
     config.disks.push(DiskConfig::new(OsStr::from_bytes(b"/disk\xff"), "/data"));
     let writer = run(ContainerWriter::create(fs.shared(), Path::new(PATH), 1)).unwrap();
-    let refused = run(writer.finish(metadata.clone(), config, compatibility.clone(), None)).unwrap_err();
+    let refused =
+        run(writer.finish(metadata.clone(), config, compatibility.clone(), None)).unwrap_err();
     assert!(matches!(VmErrorKind::from(refused), VmErrorKind::HostIo { .. }));
 
     let mut config = VmConfig::default();
