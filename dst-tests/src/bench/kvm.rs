@@ -80,6 +80,14 @@ pub struct KvmMeasured {
     pub snapshot_kib: f64,
     /// From the call of `restore` to the end of the first program of the new machine, in milliseconds.
     pub restore_to_exec_ms: f64,
+    /// Its parts, in order, in milliseconds.
+    pub restore_stages_ms: BTreeMap<&'static str, f64>,
+    /// From the call of `snapshot` on a base to its return, one program after the base, in milliseconds.
+    pub increment_ms: f64,
+    /// How long the machine stood still meanwhile, in milliseconds.
+    pub increment_paused_ms: f64,
+    /// How long the incremental snapshot's file is, in KiB.
+    pub increment_kib: f64,
     /// How many cycles of create, start and kill there were.
     pub cycles: u32,
     /// What they left in this process and beside it.
@@ -105,6 +113,10 @@ impl KvmBench {
     /// The names of a boot's stages, in order.
     pub const STAGES: &'static [&'static str] =
         &["launcher_spawn", "launcher_hello", "vm_setup", "kernel_to_init", "init_to_ready"];
+
+    /// The names of the parts of a restore with its first program, in order.
+    pub const RESTORE_STAGES: &'static [&'static str] =
+        &["restore_open", "restore_machine", "restore_load", "restore_handshake", "restore_exec"];
 
     /// Measures, and calls `progress` with how much of the whole is done, from 0 to 1.
     ///
@@ -155,6 +167,13 @@ impl KvmBench {
             snapshot_paused_ms: median("snapshot_paused"),
             snapshot_kib: median("snapshot_kib"),
             restore_to_exec_ms: median("restore_to_exec"),
+            restore_stages_ms: Self::RESTORE_STAGES
+                .iter()
+                .map(|part| (*part, median(part)))
+                .collect(),
+            increment_ms: median("increment"),
+            increment_paused_ms: median("increment_paused"),
+            increment_kib: median("increment_kib"),
             cycles: self.cycles,
             left_over,
         })
@@ -265,6 +284,7 @@ impl Bench<'_> {
         for _ in 0..SNAPSHOTS {
             self.snapshot(&*vm, samples).await.map_err(text)?;
         }
+        self.increments(&*vm, samples).await.map_err(text)?;
         vm.kill().await.map_err(text)
     }
 
@@ -291,15 +311,47 @@ impl Bench<'_> {
         let snapshot = vm.snapshot(SnapshotOptions::default()).await?;
         samples.add("snapshot", millis(began.elapsed()));
         samples.add("snapshot_paused", self.stopwatch.last("paused for a snapshot"));
-        let length = fs::metadata(&snapshot.path).map_or(0, |about| about.len() >> 10);
-        samples.add("snapshot_kib", f64::from(u32::try_from(length).unwrap_or(u32::MAX)));
+        samples.add("snapshot_kib", file_kib(&snapshot.path));
         let began = Instant::now();
         let restored = self.backend.restore(&snapshot, RestoreOptions::running()).await?;
+        let back = began.elapsed();
         restored.exec(ExecRequest::new("true")).await?;
         samples.add("restore_to_exec", millis(began.elapsed()));
+        samples.add("restore_exec", millis(began.elapsed() - back));
+        if let Some(parts) = restored.metrics().await?.boot {
+            samples.add("restore_open", millis(back.saturating_sub(parts.total())));
+            samples.add("restore_machine", millis(parts.machine));
+            samples.add("restore_load", millis(parts.kernel));
+            samples.add("restore_handshake", millis(parts.handshake));
+        }
         restored.kill().await?;
         self.backend.delete_snapshot(&snapshot).await
     }
+
+    /// Captures a machine and then, again and again, what a program changed.
+    async fn increments(&self, vm: &dyn VmInstance, samples: &mut Samples) -> VmResult<()> {
+        let mut chain = vec![vm.snapshot(SnapshotOptions::default().tracked()).await?];
+        for _ in 0..SNAPSHOTS {
+            vm.exec(ExecRequest::new("true")).await?;
+            let began = Instant::now();
+            let step =
+                vm.snapshot(SnapshotOptions::default().on_base(&chain[chain.len() - 1])).await?;
+            samples.add("increment", millis(began.elapsed()));
+            samples.add("increment_paused", self.stopwatch.last("paused for a snapshot"));
+            samples.add("increment_kib", file_kib(&step.path));
+            chain.push(step);
+        }
+        for snapshot in chain {
+            self.backend.delete_snapshot(&snapshot).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Gives how long a file is, in KiB.
+fn file_kib(path: &Path) -> f64 {
+    let length = fs::metadata(path).map_or(0, |about| about.len() >> 10);
+    f64::from(u32::try_from(length).unwrap_or(u32::MAX))
 }
 
 /// Keeps the last time that each stage took in the core, whichever machine it was of.

@@ -124,6 +124,13 @@ fn kvm_text(measured: &KvmMeasured) -> String {
     line("paused for a snapshot", format!("{:.1} ms", measured.snapshot_paused_ms));
     line("its file", format!("{:.0} KiB", measured.snapshot_kib));
     line("restore to the first exec", format!("{:.1} ms", measured.restore_to_exec_ms));
+    for part in KvmBench::RESTORE_STAGES {
+        let took = measured.restore_stages_ms.get(part).copied().unwrap_or(f64::NAN);
+        line(&format!("  {part}"), format!("{took:.1} ms"));
+    }
+    line("incremental snapshot", format!("{:.1} ms", measured.increment_ms));
+    line("paused for it", format!("{:.1} ms", measured.increment_paused_ms));
+    line("its file", format!("{:.0} KiB", measured.increment_kib));
     let left = match measured.left_over.is_empty() {
         true => "nothing".to_owned(),
         false => measured.left_over.join(", "),
