@@ -90,7 +90,7 @@ fn write(sections: usize, content: &Bytes) -> Bytes {
             writer.begin(&format!("section{section}")).await.expect("names differ");
             writer.write(content.clone()).await.expect("nothing fails");
         }
-        writer.finish(metadata, VmConfig::default(), compatibility).await
+        writer.finish(metadata, VmConfig::default(), compatibility, None).await
     };
     // Nothing waits but hashing, which lets others run.
     let mut writing = Box::pin(writing);

@@ -165,7 +165,7 @@ impl Image {
     pub async fn read(&self, piece: Piece) -> Result<Bytes, ContainerError> {
         let layer = self.layers.get(piece.layer);
         let layer = layer.ok_or_else(|| ContainerError::Corrupt("no such layer".to_owned()))?;
-        Ok(layer.read(piece.at, piece.length).await?)
+        layer.read(piece.at, piece.length).await
     }
 
     /// Begins to read the whole image, from front to back.
