@@ -135,7 +135,7 @@ impl Writer {
         let (block, stop) = (format!("{second}/block-{name}"), format!("{second}/stop-{name}"));
         let (first, second) = (format!("{first}/first-{name}"), format!("{second}/second-{name}"));
         // The pauses let a simulated clock go on; how fast that is, work behind it costs real time.
-        let pause = if ctx.is_simulated() { "0.03" } else { "0.001" };
+        let pause = if ctx.is_simulated() { "0.03" } else { "0.004" };
         let script = format!(
             "i=0; while [ ! -e {stop} ]; do \
                  i=$((i+1)); echo $i >>{first}; echo $i >>{second}; \

@@ -69,7 +69,7 @@ async fn amid_writes(ctx: &Context, way: Way, vm: &Vm, disk: Option<&str>) -> Ve
     let memory = ctx.scratch(&**vm);
     let memory = memory.as_str();
     let mut writers = Vec::new();
-    for number in 0..if ctx.heavy(3) { 3 } else { 1 } {
+    for number in 0..if ctx.heavy(3) { 2 } else { 1 } {
         let places = match disk {
             None => (memory, memory),
             Some(disk) if number % 2 == 0 => (disk, memory),
