@@ -225,6 +225,12 @@ impl Context {
         self.can_fault(FaultKind::HostLost)
     }
 
+    /// Gives a span for programs to get something done in: so long where time is simulated, and three times as long on a
+    /// real host, which may be slow and has other things to do.
+    pub(crate) fn time_to_work(&self, span: Duration) -> Duration {
+        if self.is_simulated() { span } else { span * 3 }
+    }
+
     /// Draws `length` bytes.
     #[must_use]
     pub fn bytes(&self, length: usize) -> Bytes {

@@ -79,7 +79,9 @@ async fn beside_each_other(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
     let count = ctx.draw(8, 24);
     let begun = ctx.now();
-    let programs = (0..count).map(|_| vm.sh("sleep 0.3"));
+    let span = ctx.time_to_work(Duration::from_millis(300));
+    let sleep = format!("sleep {}", span.as_secs_f64());
+    let programs = (0..count).map(|_| vm.sh(&sleep));
     let files = async {
         ctx.sleep(millis(ctx, 1, 50)).await;
         let nonce = Nonce::plant(ctx, &vm).await?;
@@ -89,12 +91,12 @@ async fn beside_each_other(ctx: &Context) -> Verdict {
     let (outputs, files) = join(join_all(programs), files).await;
     let taken = ctx.now() - begun;
     for output in outputs {
-        ensure!(output?.status.success(), "`sleep 0.3` failed");
+        ensure!(output?.status.success(), "`{sleep}` failed");
     }
     let files = files?;
     ensure!(files <= taken, "files were served after {files:?} of {taken:?}");
-    let in_turn = Duration::from_millis(300) * u32::try_from(count).unwrap_or(8);
-    ensure!(taken < in_turn / 2, "{count} programs of 300 ms took {taken:?}");
+    let in_turn = span * u32::try_from(count).unwrap_or(8);
+    ensure!(taken < in_turn / 2, "{count} programs of {span:?} took {taken:?}");
     Ok(())
 }
 

@@ -39,7 +39,7 @@ async fn timeout_kills_group(ctx: &Context) -> Verdict {
     let (child, grandchild) = (format!("{dir}/child"), format!("{dir}/grandchild"));
     let script = format!("{TICKING_CHILD}sh -c '{TICKING_CHILD}sleep 600' sh \"$2\"");
     let request = sh(&script, [child.clone(), grandchild.clone()]);
-    let got = vm.exec(request.timeout(millis(ctx, 500, 900))).await?;
+    let got = vm.exec(request.timeout(ctx.time_to_work(millis(ctx, 500, 900)))).await?;
     ensure_eq!(got.status, ExecStatus::TimedOut, "status");
     ensure_eq!(got.stdout_text(), "ready\nready\n", "stdout");
     no_more_ticks(ctx, &*vm, &child).await?;
@@ -50,7 +50,8 @@ async fn timeout_keeps_output(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
     let (out, err) = (ctx.text(200), ctx.text(200));
     let script = "printf %s \"$1\"; printf %s \"$2\" >&2; sleep 600";
-    let request = sh(script, [out.clone(), err.clone()]).timeout(millis(ctx, 900, 1200));
+    let request =
+        sh(script, [out.clone(), err.clone()]).timeout(ctx.time_to_work(millis(ctx, 900, 1200)));
     let got = vm.exec(request).await?;
     ensure_eq!(got.status, ExecStatus::TimedOut, "status");
     ensure_eq!(got.stdout_text(), out, "stdout");
@@ -88,7 +89,8 @@ async fn timeout_defies_traps(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
     let script = "trap '' HUP INT TERM; echo deaf; while true; do sleep 1; done";
     let before = ctx.now();
-    let got = vm.exec(sh(script, [""; 0]).timeout(millis(ctx, 900, 1200))).await?;
+    let got =
+        vm.exec(sh(script, [""; 0]).timeout(ctx.time_to_work(millis(ctx, 900, 1200)))).await?;
     let took = ctx.now().saturating_sub(before);
     ensure_eq!(got.status, ExecStatus::TimedOut, "status");
     ensure_eq!(got.stdout_text(), "deaf\n", "stdout");

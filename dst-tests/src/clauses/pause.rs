@@ -238,7 +238,7 @@ async fn exec_survives(ctx: &Context) -> Verdict {
 
 async fn exec_timeout_stands_still(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
-    let limit = Duration::from_millis(1000);
+    let limit = ctx.time_to_work(Duration::from_millis(1000));
     let span = limit + millis(ctx, 100, 400);
     let paused = {
         let vm = Arc::clone(&vm);
