@@ -5,7 +5,6 @@ use super::{
     pieces::{self, MemoryPiece},
 };
 use crate::{files, life::host};
-use bytes::Bytes;
 use std::{
     fs::File,
     io::{self, Write},
@@ -122,17 +121,15 @@ impl Copies {
 
 /// Puts a disk into a file without a name.
 async fn restore_disk(image: &Image) -> Result<File, MachineError> {
-    image.verify().await?;
     let disk = Arc::new(files::nameless()?);
     disk.set_len(image.total()).map_err(|error| host(&error))?;
-    for piece in image.pieces() {
-        for step in steps(*piece) {
-            let bytes: Bytes = image.read(step).await?;
-            let disk = disk.clone();
-            let written = spawn_blocking(move || disk.write_all_at(&bytes, step.offset)).await;
-            let written = written.map_err(|error| MachineError::Failed(error.to_string()))?;
-            written.map_err(|error| host(&error))?;
-        }
+    // All of it is verified by the time that its end is reached.
+    let mut content = image.read_through();
+    while let Some((offset, bytes)) = content.next().await? {
+        let disk = disk.clone();
+        let written = spawn_blocking(move || disk.write_all_at(&bytes, offset)).await;
+        let written = written.map_err(|error| MachineError::Failed(error.to_string()))?;
+        written.map_err(|error| host(&error))?;
     }
     // Whoever wrote has ended.
     Arc::try_unwrap(disk).or_else(|disk| disk.try_clone()).map_err(|error| host(&error))

@@ -85,7 +85,7 @@ impl Actor {
             }
         };
         let was_running = core.lock().state == VmState::Running;
-        let held_at = core.now();
+        let stood_before = core.stood_still();
         if was_running {
             self.hold().await?;
         }
@@ -97,7 +97,7 @@ impl Actor {
         if was_running && !matches!(captured, Err(Cut::Exited(_) | Cut::Preempted)) {
             self.let_go().await?;
         }
-        core.took("paused for a snapshot", core.now().saturating_sub(held_at));
+        core.took("paused for a snapshot", core.stood_still().saturating_sub(stood_before));
         let mut captured = match captured {
             Ok(captured) => captured?,
             Err(cut) => return Err(self.give_up(cut).await),
@@ -224,7 +224,7 @@ impl Actor {
             })
             .collect();
         let was_running = core.lock().state == VmState::Running;
-        let held_at = core.now();
+        let stood_before = core.stood_still();
         if was_running {
             self.hold().await?;
         }
@@ -232,7 +232,7 @@ impl Actor {
         if was_running && !matches!(forked, Err(Cut::Exited(_) | Cut::Preempted)) {
             self.let_go().await?;
         }
-        core.took("paused for a fork", core.now().saturating_sub(held_at));
+        core.took("paused for a fork", core.stood_still().saturating_sub(stood_before));
         let forked = match forked {
             Ok(forked) => forked,
             Err(cut) => return Err(self.give_up(cut).await),

@@ -99,6 +99,11 @@ impl Core {
         self.lock().pauses.clone()
     }
 
+    /// Gives how long the present machine stood still in all.
+    pub(super) fn stood_still(&self) -> Duration {
+        self.pauses().paused(self.now())
+    }
+
     pub(super) fn now(&self) -> Duration {
         self.parts.env.now()
     }
