@@ -2,7 +2,7 @@
 
 use super::{
     Detail, RunReport, Target,
-    real::{FaultyHypervisor, RealFaults},
+    real::{FaultyHypervisor, FillingFs, RealFaults, RunDir},
     recorder::Recorder,
     tokio::{real_env, real_time_runtime, run_setup},
 };
@@ -24,7 +24,6 @@ use std::{
     sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
 };
-use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use vm_backend_kvm::{Fitness, KvmHypervisor, probe};
 use vm_core::{
@@ -90,7 +89,7 @@ struct SharedBench {
     pool: WarmPool,
     template: Template,
     panics: PanicSink,
-    host_dir: TempDir,
+    host_dir: Arc<RunDir>,
     /// Last, so that it outlives what lives in it.
     _runtime: Runtime,
 }
@@ -203,7 +202,7 @@ impl KvmTarget {
         };
         let sink = PanicSink::default();
         let guard = sink.join();
-        let report = run_setup(run, LIMITS, &sink, |env| async { host.open(env, timeline) });
+        let report = run_setup(run, LIMITS, &sink, |env| async { host.open(env, run.0, timeline) });
         drop(guard);
         report
     }
@@ -220,6 +219,7 @@ impl Target for KvmTarget {
 
     fn can_fault(&self, kind: FaultKind) -> bool {
         RealFaults::KINDS.contains(&kind)
+            || (kind == FaultKind::HostDiskFull && RunDir::can_be_full())
     }
 
     fn environment(&self) -> &str {
@@ -267,10 +267,16 @@ impl Host {
     }
 
     /// Puts a backend together that has faults, in the environment given.
-    fn backend(&self, env: Arc<dyn Env>, observer: Arc<dyn Observer>, dir: &TempDir) -> Backend {
+    fn backend(
+        &self,
+        env: Arc<dyn Env>,
+        observer: Arc<dyn Observer>,
+        dir: &Arc<RunDir>,
+    ) -> Backend {
         let finder = self.hypervisor.clone();
         let find_pid = Arc::new(move |vm| finder.launcher_pid(vm));
-        let faults = RealFaults::new(RealFaults::KINDS, env.clone(), find_pid);
+        let faults = RealFaults::new(RealFaults::KINDS, env.clone(), find_pid)
+            .with_disk_to_fill(dir.is_small());
         let hypervisor = FaultyHypervisor {
             inner: self.hypervisor.clone() as Arc<dyn Hypervisor>,
             faults: faults.clone(),
@@ -279,7 +285,7 @@ impl Host {
         let core = CoreBackend::new(CoreParts {
             hypervisor: Arc::new(hypervisor),
             env,
-            fs: Arc::new(StdFs),
+            fs: Arc::new(FillingFs { dir: dir.clone(), faults: faults.clone() }),
             snapshots: dir.path().join("snapshots"),
             observer,
         });
@@ -289,9 +295,13 @@ impl Host {
     fn open(
         &self,
         env: Arc<dyn Env>,
+        clause: &Clause,
         timeline: Option<Arc<Mutex<Vec<String>>>>,
     ) -> Result<Setup, String> {
-        let dir = directory()?;
+        let dir = match clause.needs_faults.contains(&FaultKind::HostDiskFull) {
+            true => Arc::new(RunDir::that_can_be_full()?),
+            false => Arc::new(RunDir::new()?),
+        };
         let observer: Arc<dyn Observer> = match timeline {
             Some(lines) => Arc::new(Recorder::new(env.clone(), lines)),
             None => Arc::new(NoObserver),
@@ -338,7 +348,7 @@ impl SharedBench {
     fn new(host: &Host) -> Result<Self, String> {
         let panics = PanicSink::default();
         let runtime = real_time_runtime(&panics)?;
-        let host_dir = directory()?;
+        let host_dir = Arc::new(RunDir::new()?);
         let env: Arc<dyn Env> = {
             let _inside = runtime.enter();
             Arc::new(HandleEnv::new(real_env(), runtime.handle().clone()))
@@ -397,10 +407,6 @@ fn root() -> Result<PathBuf, String> {
         return Err(format!("{ROOT_VARIABLE}={}: there is no bin/sh in it", root.display()));
     }
     Ok(root)
-}
-
-fn directory() -> Result<TempDir, String> {
-    tempfile::tempdir().map_err(|error| format!("no directory for the run: {error}"))
 }
 
 /// The core with a note of every machine that was made.

@@ -27,8 +27,10 @@ use vm_trait::{
 };
 
 mod link;
+mod run_dir;
 
 use link::FaultyLink;
+pub(super) use run_dir::{FillingFs, RunDir};
 
 /// What the kernel is told so that it panics for want of a first process.
 const NO_INIT: &str = "rdinit=/there/is/none init=/there/is/none root=";
@@ -47,6 +49,8 @@ pub(super) type FindPid = dyn Fn(VmId) -> Option<u32> + Send + Sync;
 #[derive(Clone)]
 pub(super) struct RealFaults {
     kinds: &'static [FaultKind],
+    /// Its snapshots are on a disk that can be full.
+    fills_disk: bool,
     env: Arc<dyn Env>,
     find_pid: Arc<FindPid>,
     state: Arc<Mutex<State>>,
@@ -90,7 +94,14 @@ impl RealFaults {
         env: Arc<dyn Env>,
         find_pid: Arc<FindPid>,
     ) -> Self {
-        Self { kinds, env, find_pid, state: Arc::default(), account: Arc::default() }
+        let (fills_disk, state, account) = (false, Arc::default(), Arc::default());
+        Self { kinds, fills_disk, env, find_pid, state, account }
+    }
+
+    /// Sets whether snapshots are on a disk that can be full.
+    pub(super) fn with_disk_to_fill(mut self, fills_disk: bool) -> Self {
+        self.fills_disk = fills_disk;
+        self
     }
 
     /// Gives a run an account of its own of faults on the same machines.
@@ -111,10 +122,12 @@ impl RealFaults {
     }
 
     /// Lets an order happen at an occasion, if there is one for it and it has let enough of them pass.
-    fn strike(&self, kind: FaultKind, vm: VmId) -> Option<FaultOrder> {
+    /// An occasion without a VM concerns each of them.
+    fn strike(&self, kind: FaultKind, vm: impl Into<Option<VmId>>) -> Option<FaultOrder> {
+        let vm = vm.into();
         let mut state = self.lock();
         let for_it = |(order, _): &(FaultOrder, Arc<Account>)| {
-            order.kind == kind && order.vm.is_none_or(|of| of == vm)
+            order.kind == kind && order.vm.is_none_or(|of| vm.is_none_or(|vm| of == vm))
         };
         let index = state.pending.iter().position(for_it)?;
         let (order, _) = &mut state.pending[index];
@@ -163,7 +176,7 @@ impl RealFaults {
 
 impl FaultControl for RealFaults {
     fn can(&self, kind: FaultKind) -> bool {
-        self.kinds.contains(&kind)
+        self.kinds.contains(&kind) || (kind == FaultKind::HostDiskFull && self.fills_disk)
     }
 
     fn order(&self, order: FaultOrder) -> Result<(), FaultRefused> {
