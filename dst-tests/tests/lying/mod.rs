@@ -2,13 +2,13 @@
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use std::{sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 use third_party_backend::MemoryBackend;
 use vm_trait::{
     Capabilities, Capability, CreateDirOptions, DirEntry, EventStream, ExecOutput, ExecRequest,
     ExecStatus, FileKind, FileStat, ForkOptions, GuestListener, GuestListenerHandle, GuestProcess,
-    GuestStream, HostLimits, KernelConfig, Mib, Operation, OutputOffsets, ProcessId, ProcessInfo,
-    RemoveOptions, RestoreOptions, RootConfig, Snapshot, SnapshotId, SnapshotMetadata,
+    GuestStream, HostLimits, Inspection, KernelConfig, Mib, Operation, OutputOffsets, ProcessId,
+    ProcessInfo, RemoveOptions, RestoreOptions, RootConfig, Snapshot, SnapshotId, SnapshotMetadata,
     SnapshotOptions, StopOptions, VmBackend, VmConfig, VmError, VmErrorKind, VmExit, VmId,
     VmInstance, VmMetrics, VmResult, VmState, WriteOptions,
 };
@@ -35,6 +35,11 @@ fn say<T>(lie: Option<Capability>, about: Capability, operation: Operation, ok: 
         return Ok(ok);
     }
     Err(VmError::new(operation, VmErrorKind::Unsupported { what: about.name().to_owned() }))
+}
+
+/// What a capture or a restore needs depends on whether changes are to be tracked.
+fn about_capture(tracked: bool) -> Capability {
+    if tracked { Capability::IncrementalSnapshot } else { Capability::Snapshot }
 }
 
 fn snapshot() -> Snapshot {
@@ -94,9 +99,13 @@ impl VmBackend for Liar {
         Ok(Arc::new(LyingVm { lie: self.lie, inner }))
     }
 
-    async fn restore(&self, _: &Snapshot, _: RestoreOptions) -> VmResult<Arc<dyn VmInstance>> {
+    async fn restore(
+        &self,
+        _: &Snapshot,
+        options: RestoreOptions,
+    ) -> VmResult<Arc<dyn VmInstance>> {
         let vm = self.create(VmConfig::default()).await?;
-        say(self.lie, Capability::Snapshot, Operation::Restore, vm)
+        say(self.lie, about_capture(options.tracked), Operation::Restore, vm)
     }
 
     async fn export_snapshot(&self, _: &Snapshot) -> VmResult<Bytes> {
@@ -109,6 +118,10 @@ impl VmBackend for Liar {
 
     async fn delete_snapshot(&self, _: &Snapshot) -> VmResult<()> {
         say(self.lie, Capability::Snapshot, Operation::DeleteSnapshot, ())
+    }
+
+    async fn merge_snapshot(&self, _: &Snapshot, _: Option<PathBuf>) -> VmResult<Snapshot> {
+        say(self.lie, Capability::IncrementalSnapshot, Operation::MergeSnapshot, snapshot())
     }
 }
 
@@ -235,12 +248,22 @@ impl VmInstance for LyingVm {
         self.say(Capability::Vsock, Operation::Listen, listener)
     }
 
-    async fn snapshot(&self, _: SnapshotOptions) -> VmResult<Snapshot> {
-        self.say(Capability::Snapshot, Operation::Snapshot, snapshot())
+    async fn snapshot(&self, options: SnapshotOptions) -> VmResult<Snapshot> {
+        let about = about_capture(options.tracked || options.base.is_some());
+        self.say(about, Operation::Snapshot, snapshot())
     }
 
-    async fn restore(&self, _: &Snapshot, _: RestoreOptions) -> VmResult<()> {
-        self.say(Capability::RestoreInPlace, Operation::Restore, ())
+    async fn restore(&self, _: &Snapshot, options: RestoreOptions) -> VmResult<()> {
+        let about = match options.tracked {
+            true => Capability::IncrementalSnapshot,
+            false => Capability::RestoreInPlace,
+        };
+        self.say(about, Operation::Restore, ())
+    }
+
+    async fn inspect(&self) -> VmResult<Inspection> {
+        let seen = Inspection::new(Vec::new(), Vec::new());
+        self.say(Capability::Inspect, Operation::Inspect, seen)
     }
 
     async fn fork(&self, _: ForkOptions) -> VmResult<Vec<VmResult<Arc<dyn VmInstance>>>> {
