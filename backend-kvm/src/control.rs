@@ -122,7 +122,8 @@ pub enum Request {
     /// Look at the paused machine.
     Inspect,
     /// Take the descriptor beside this as a host's hybrid vsock connection: it says `CONNECT port\n`, and gets
-    /// `OK hostport\n`, or a hang-up where nothing in the guest listens; then bytes flow.
+    /// `OK hostport\n`, or a hang-up where nothing in the guest listens; then bytes flow. While the machine is paused,
+    /// that takes until it goes on.
     Connect,
     /// From now on, hand over what the guest connects to this port of the host ([`FromLauncher::Incoming`]), and refuse
     /// it while as many streams as the backlog wait to be [taken](ToLauncher::Taken). What listened on the port before

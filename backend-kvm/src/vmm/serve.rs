@@ -110,7 +110,12 @@ struct Server {
     outer: OwnedFd,
     /// What devices wait for; the outer one has it while the machine is not paused.
     devices: OwnedFd,
+    /// Connections that came while the machine was paused.
+    waiting: Vec<OwnedFd>,
 }
+
+/// How many connections may wait for a paused machine.
+const MAX_WAITING: usize = 256;
 
 impl Server {
     fn new(machine: Machine, channel: Arc<Channel>, buffer: Vec<u8>) -> io::Result<Self> {
@@ -127,7 +132,7 @@ impl Server {
         if !paused {
             add(devices.as_fd(), DEVICES)?;
         }
-        Ok(Self { machine, channel, buffer, outer, devices })
+        Ok(Self { machine, channel, buffer, outer, devices, waiting: Vec::new() })
     }
 
     fn run(&mut self) -> io::Result<()> {
@@ -261,17 +266,24 @@ impl Server {
         }
         let token = epoll::EventData::new_u64(DEVICES);
         epoll::add(&self.outer, &self.devices, token, epoll::EventFlags::IN)?;
+        for stream in self.waiting.drain(..) {
+            self.machine.devices().vsock(|vsock| vsock.accept_host(stream));
+        }
         Ok(Ok(()))
     }
 
-    fn connect(&self, fds: Vec<OwnedFd>) -> io::Result<Result<(), Refusal>> {
+    /// Takes a connection. That to a paused machine is made when the machine goes on.
+    fn connect(&mut self, fds: Vec<OwnedFd>) -> io::Result<Result<(), Refusal>> {
         let Ok([stream]) = <[OwnedFd; 1]>::try_from(fds) else {
             return Err(io::Error::other("a connection came without its descriptor"));
         };
-        if self.machine.status() == Status::Paused {
-            return Ok(Err(Refusal::State(Status::Paused)));
+        if self.machine.status() != Status::Paused {
+            self.machine.devices().vsock(|vsock| vsock.accept_host(stream));
+        } else if self.waiting.len() < MAX_WAITING {
+            self.waiting.push(stream);
+        } else {
+            return Ok(Err(Refusal::Exhausted("connections to a paused machine".to_owned())));
         }
-        self.machine.devices().vsock(|vsock| vsock.accept_host(stream));
         Ok(Ok(()))
     }
 }

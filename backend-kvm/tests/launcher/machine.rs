@@ -25,6 +25,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("sleeping_and_waiting_vcpus_pause_too", sleeping_vcpus_pause_too),
     ("operations_out_of_place_are_refused", operations_out_of_place_are_refused),
     ("nothing_listens_before_the_driver_is_there", nothing_listens_yet),
+    ("connections_wait_for_a_paused_machine", connections_wait_for_a_paused_machine),
     ("a_line_without_an_end_is_shown", a_line_without_an_end_is_shown),
     ("a_console_flood_delays_no_answer", a_flood_delays_no_answer),
     ("the_console_survives_a_kill", the_console_survives_a_kill),
@@ -183,8 +184,6 @@ fn operations_out_of_place_are_refused() {
     assert_eq!(owner.ask(Request::Pause), Ok(Answer::Done));
     assert_eq!(owner.ask(Request::Pause), refused(Status::Paused));
     assert_eq!(owner.ask(Request::Boot), refused(Status::Paused));
-    let (_ours, its) = UnixStream::pair().unwrap();
-    assert_eq!(owner.ask_with(Request::Connect, &[its.as_fd()]), refused(Status::Paused));
     let listen = Request::Listen { port: 7, listener: 1, backlog: 16 };
     for request in [listen, Request::Unlisten { port: 8 }] {
         assert_eq!(owner.ask(request), Ok(Answer::Done));
@@ -202,6 +201,42 @@ fn nothing_listens_yet() {
     // A hang-up, or a reset where the greeting was never read.
     let _ = ours.read_to_end(&mut answer);
     assert_eq!(answer, b"");
+}
+
+fn connections_wait_for_a_paused_machine() {
+    let (mut owner, _) = boot(&Code::default().spin());
+    assert_eq!(owner.ask(Request::Pause), Ok(Answer::Done));
+    let connect = |owner: &mut Owner| {
+        let (ours, its) = UnixStream::pair().unwrap();
+        let asked = owner.ask_with(Request::Connect, &[its.as_fd()]);
+        (&ours).write_all(b"CONNECT 1024\n").unwrap();
+        (ours, asked)
+    };
+    let mut waiting = Vec::new();
+    let refused = loop {
+        match connect(&mut owner) {
+            (ours, Ok(Answer::Done)) => waiting.push(ours),
+            (_, refused) => break refused,
+        }
+    };
+    assert!(matches!(refused, Err(Refusal::Exhausted(_))), "{refused:?}");
+    assert_eq!(waiting.len(), 256);
+    // Nobody answers before the machine goes on, and somebody may have gone away by then.
+    waiting.truncate(16);
+    for mut ours in &waiting {
+        ours.set_nonblocking(true).unwrap();
+        assert_eq!(ours.read(&mut [0]).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+        ours.set_nonblocking(false).unwrap();
+        ours.set_read_timeout(Some(PATIENCE)).unwrap();
+    }
+    assert_eq!(owner.ask(Request::Resume), Ok(Answer::Done));
+    for mut ours in waiting {
+        // There is nobody in this guest: a hang-up.
+        let mut answer = Vec::new();
+        let _ = ours.read_to_end(&mut answer);
+        assert_eq!(answer, b"");
+    }
+    assert_eq!(status(&mut owner), Status::Running);
 }
 
 fn a_line_without_an_end_is_shown() {
