@@ -38,6 +38,9 @@ pub(super) const CLAUSES: &[Clause] = &[
     clause!(pause, "vsock.stalls_while_paused",
         "a stream stands still while the machine is paused, and goes on after resume with every byte",
         [Exec, Vsock, Pause], faults: []),
+    clause!(meets_capture, "vsock.connect_waits_for_a_capture",
+        "a connect that meets a snapshot of its machine comes through once the machine goes on",
+        [Exec, Vsock, Snapshot], faults: []),
     clause!(ends, "vsock.ends_with_its_machine",
         "when a machine is stopped or killed, its streams end, and accept is Interrupted, then and ever after",
         [Exec, Vsock], faults: []).fresh(),
@@ -348,6 +351,25 @@ impl Source {
         round_trip(ctx, connect(ctx, copy, self.port).await?, &ctx.bytes(5_000)).await?;
         is_free(&**copy, self.port).await
     }
+}
+
+async fn meets_capture(ctx: &Context) -> Verdict {
+    let vm = ctx.running().await?;
+    let (_server, port) = echo(ctx, &vm).await?;
+    for _ in 0..ctx.draw(1, 2) {
+        let connects = async {
+            for _ in 0..ctx.draw(6, 12) {
+                ctx.sleep(millis(ctx, 0, 30)).await;
+                let mut stream = connect(ctx, &vm, port).await?;
+                ping(ctx, &mut stream, "in a stream from beside a snapshot").await?;
+            }
+            Result::<(), Broken>::Ok(())
+        };
+        let (snapshot, connected) = join(vm.snapshot(SnapshotOptions::default()), connects).await;
+        connected?;
+        ctx.backend().delete_snapshot(&snapshot?).await?;
+    }
+    Ok(())
 }
 
 async fn snapshots(ctx: &Context) -> Verdict {
