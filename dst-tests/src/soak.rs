@@ -141,14 +141,7 @@ impl Soak {
         let run = environment.run(seed, move || async move {
             let backend = SimBackend::builder().seed(seed).build();
             let backend = backend.map_err(|error| error.to_string())?;
-            let host = Host {
-                backend: &backend,
-                env: backend.env(),
-                config: VmConfig::default(),
-                private_kib: &|_| None,
-                pause: "0.05",
-                watch,
-            };
+            let host = Host::simulated(&backend, watch);
             host.soak(self, "sim").await
         });
         run.and_then(|soaked| soaked)
@@ -173,6 +166,14 @@ impl Soak {
             };
             host.soak(self, "kvm").await
         })
+    }
+}
+
+impl<'a> Host<'a> {
+    /// Takes simulated machines.
+    fn simulated(backend: &'a SimBackend, watch: Arc<Watch>) -> Self {
+        let (env, config) = (backend.env(), VmConfig::default());
+        Self { backend, env, config, private_kib: &|_| None, pause: "0.05", watch }
     }
 }
 
@@ -555,14 +556,7 @@ mod tests {
                 .with_occasion(vm_core::fault::FaultKind::LoadFail, 2)
                 .with_occasion(vm_core::fault::FaultKind::SpawnFail, 20);
             let backend = SimBackend::builder().seed(7).faults(plan).build().unwrap();
-            let host = Host {
-                backend: &backend,
-                env: backend.env(),
-                config: VmConfig::default(),
-                private_kib: &|_| None,
-                pause: "0.05",
-                watch: Arc::default(),
-            };
+            let host = Host::simulated(&backend, Arc::default());
             host.soak(soak(Repeated::Restore, 8), "sim").await
         });
         let soaked = run.unwrap().unwrap();

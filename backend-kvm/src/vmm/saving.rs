@@ -271,28 +271,16 @@ impl Out {
         bytes: u64,
         zeros: Zeros,
     ) -> io::Result<()> {
-        let mut buffer = std::mem::take(&mut self.buffer);
-        let piece = &mut buffer[..usize::try_from(bytes).unwrap_or(MAX_CONTENT)];
-        let read = memory.memory.read_slice(piece, GuestAddress(address));
-        read.map_err(io::Error::other)?;
-        for run in runs(piece) {
-            let at = address + run.start as u64;
-            if run.filled {
-                self.frame(Part::Memory, at, &piece[run.start..run.end])?;
-                continue;
-            }
-            let all = at..address + run.end as u64;
-            let told: Vec<_> = match zeros {
-                Zeros::Untold => Vec::new(),
-                Zeros::OfLoaded => memory.loaded.within(all).collect(),
-                Zeros::Told => vec![all],
-            };
-            for zeros in told {
-                self.told(Part::Memory, zeros.start, Told::Zeros(zeros.end - zeros.start))?;
-            }
-        }
-        self.buffer = buffer;
-        Ok(())
+        let read = |piece: &mut [u8]| {
+            let read = memory.memory.read_slice(piece, GuestAddress(address));
+            read.map_err(io::Error::other)
+        };
+        let told = |all: Range<u64>| match zeros {
+            Zeros::Untold => Vec::new(),
+            Zeros::OfLoaded => memory.loaded.within(all).collect(),
+            Zeros::Told => vec![all],
+        };
+        self.content((Part::Memory, address, bytes), read, told)
     }
 
     /// Writes at most [`MAX_CONTENT`] bytes of a disk.
@@ -304,16 +292,28 @@ impl Out {
         bytes: u64,
         zeros: bool,
     ) -> io::Result<()> {
+        let read = |piece: &mut [u8]| disk.read_exact_at(piece, at);
+        self.content((Part::Disk(number), at, bytes), read, |all| zeros.then_some(all))
+    }
+
+    /// Writes what `read` puts into so many bytes, and of its zeros those that `told` picks.
+    fn content<Z: IntoIterator<Item = Range<u64>>>(
+        &mut self,
+        (part, at, bytes): (Part, u64, u64),
+        read: impl FnOnce(&mut [u8]) -> io::Result<()>,
+        told: impl Fn(Range<u64>) -> Z,
+    ) -> io::Result<()> {
         let mut buffer = std::mem::take(&mut self.buffer);
         let piece = &mut buffer[..usize::try_from(bytes).unwrap_or(MAX_CONTENT)];
-        disk.read_exact_at(piece, at)?;
-        let part = Part::Disk(number);
+        read(piece)?;
         for run in runs(piece) {
-            let offset = at + run.start as u64;
+            let (start, end) = (at + run.start as u64, at + run.end as u64);
             if run.filled {
-                self.frame(part, offset, &piece[run.start..run.end])?;
-            } else if zeros {
-                self.told(part, offset, Told::Zeros((run.end - run.start) as u64))?;
+                self.frame(part, start, &piece[run.start..run.end])?;
+                continue;
+            }
+            for zeros in told(start..end) {
+                self.told(part, zeros.start, Told::Zeros(zeros.end - zeros.start))?;
             }
         }
         self.buffer = buffer;

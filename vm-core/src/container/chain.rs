@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     host_fs::HostFs,
-    image::Image,
+    image::{Image, ImageMap, Layer},
     machine::{MachineError, SectionSink, Sections},
 };
 use std::{collections::BTreeMap, io, path::Path, sync::Arc};
@@ -50,12 +50,13 @@ pub async fn open(fs: &dyn HostFs, path: &Path) -> Result<Chain, ContainerError>
         }
         bases.push(opened);
     }
-    let (seal, length) = (first.seal, bases.len() + 1);
+    let length = bases.len() + 1;
     let mut below = BTreeMap::new();
     for base in bases.into_iter().rev() {
-        below = overlaid(base, below)?.2;
+        below = overlaid(&base.manifest, base.images, below)?;
     }
-    let (manifest, plain, mut images) = overlaid(first, below)?;
+    let Opened { manifest, seal, plain, images } = first;
+    let mut images = overlaid(&manifest, images, below)?;
     // In the order of the file.
     let order = manifest.sections.iter().filter(|entry| entry.image);
     let images = order.filter_map(|entry| images.remove_entry(&entry.name)).collect();
@@ -127,14 +128,12 @@ async fn copy(
     Ok(())
 }
 
-type Contents = (Manifest, Vec<(String, bytes::Bytes)>, BTreeMap<String, Image>);
-
-/// Puts what a container holds over what lies below it.
+/// Puts the images of a container over what lies below it.
 fn overlaid(
-    opened: Opened,
+    manifest: &Manifest,
+    images: Vec<(String, ImageMap, Arc<Layer>)>,
     mut below: BTreeMap<String, Image>,
-) -> Result<Contents, ContainerError> {
-    let Opened { manifest, plain, images, .. } = opened;
+) -> Result<BTreeMap<String, Image>, ContainerError> {
     let mut above = BTreeMap::new();
     for (name, map, layer) in images {
         let image = match (below.remove(&name), &manifest.base) {
@@ -146,7 +145,7 @@ fn overlaid(
         };
         above.insert(name, image);
     }
-    Ok((manifest, plain, above))
+    Ok(above)
 }
 
 /// Says of an error that it is one of a base.
