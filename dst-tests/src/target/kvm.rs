@@ -127,7 +127,7 @@ impl KvmTarget {
             None => "built into the kernel".to_owned(),
         };
         line("modules", modules.map(place));
-        let launcher = vm_backend_kvm::LauncherProgram::find();
+        let launcher = vm_backend_kvm::LauncherProgram::find(&vm_backend_kvm::LAUNCHER);
         line(
             "launcher",
             launcher.map(|found| found.to_string()).map_err(|error| error.to_string()),

@@ -18,7 +18,7 @@ pub const CONTROL_FD: i32 = 3;
 pub const LIFELINE_FD: i32 = 4;
 
 /// The version of these messages; both sides must have the same.
-pub const CONTROL_VERSION: u32 = 7;
+pub const CONTROL_VERSION: u32 = 8;
 
 /// The largest packet, in bytes.
 pub const MAX_PACKET: usize = 64 << 10;
@@ -123,7 +123,8 @@ pub enum Request {
     Inspect,
     /// Take the descriptor beside this as a host's hybrid vsock connection: it says `CONNECT port\n`, and gets
     /// `OK hostport\n`, or a hang-up where nothing in the guest listens; then bytes flow. While the machine is paused,
-    /// that takes until it goes on.
+    /// that takes until it goes on. A launcher that has the stream by other means answers with
+    /// [`Answer::Connected`] instead, and the descriptor is of no use.
     Connect,
     /// From now on, hand over what the guest connects to this port of the host ([`FromLauncher::Incoming`]), and refuse
     /// it while as many streams as the backlog wait to be [taken](ToLauncher::Taken). What listened on the port before
@@ -201,6 +202,8 @@ pub enum FromLauncher {
 pub enum Answer {
     /// It is done.
     Done,
+    /// The descriptor beside this is the stream, which ends at once where nothing in the guest listens.
+    Connected,
     /// What the machine does.
     Status(Status),
     /// What it counts.
@@ -235,8 +238,8 @@ pub enum Status {
 pub struct Stats {
     /// CPU time of all vCPU threads, in nanoseconds.
     pub vcpu_time_ns: u64,
-    /// How often a vCPU came back to the VMM.
-    pub vm_exits: u64,
+    /// How often a vCPU came back to the VMM, where that is counted.
+    pub vm_exits: Option<u64>,
     /// How much of the guest's memory is resident, in bytes.
     pub guest_resident_bytes: u64,
 }
@@ -274,7 +277,13 @@ pub enum Refusal {
     /// The machine is not in a state for it.
     #[error("the machine is {0:?}")]
     State(Status),
-    /// A system call or KVM failed.
+    /// Machines of this kind cannot do it.
+    #[error("not supported: {0}")]
+    Unsupported(String),
+    /// Nothing in the guest listens there.
+    #[error("nothing in the guest listens on the port")]
+    NotListening,
+    /// A system call, KVM or the VMM's library failed.
     #[error("{0}")]
     Failed(String),
 }
@@ -288,6 +297,6 @@ pub enum End {
     Reset,
     /// The guest's kernel panicked, or its first process died.
     Panicked,
-    /// KVM or the guest did what cannot be gone on from: what it was, for people.
+    /// The VMM or the guest did what cannot be gone on from: what it was, for people.
     Failed(String),
 }
