@@ -193,6 +193,9 @@ pub enum FromLauncher {
         /// When, in nanoseconds of the host's monotonic clock.
         at_ns: u64,
     },
+    /// Descriptor: another process that belongs to the machine (pidfd_open(2)), and ends with the launcher. The machine
+    /// has not ended before it has.
+    Companion,
     /// The machine has ended by itself; nothing follows, and the launcher exits.
     Ended(End),
 }

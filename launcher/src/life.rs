@@ -104,6 +104,8 @@ struct State {
     next_request: u64,
     waiting: BTreeMap<Awaited, oneshot::Sender<Heard>>,
     listeners: Listeners,
+    /// Another process of the machine.
+    companion: Option<OwnedFd>,
     end: Option<End>,
     /// What the launcher did that made it unfit to live.
     broken: Option<String>,
@@ -417,6 +419,7 @@ impl Life {
             FromLauncher::Incoming { port, listener } => {
                 self.come_in(&mut state, port, listener, fds.into_iter().next());
             }
+            FromLauncher::Companion => state.companion = fds.into_iter().next(),
             FromLauncher::Mark { mark, at_ns } => state.mark(mark, Duration::from_nanos(at_ns)),
             FromLauncher::Ended(end) => {
                 state.end = Some(end);
@@ -438,6 +441,10 @@ impl Life {
             && self.take(message, fds) == Ok(true)
         {}
         let status = self.process.lock().unwrap_or_else(PoisonError::into_inner).reap();
+        let companion = self.lock().companion.take();
+        if let Some(companion) = companion {
+            program::await_end(&companion);
+        }
         drop(self.lifeline.lock().unwrap_or_else(PoisonError::into_inner).take());
         let exit = {
             let mut state = self.lock();

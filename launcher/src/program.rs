@@ -3,7 +3,7 @@
 use crate::control::{CONTROL_FD, LIFELINE_FD};
 use command_fds::{CommandFdExt, FdMapping};
 use rustix::{
-    event::{PollFd, PollFlags},
+    event::{PollFd, PollFlags, Timespec},
     fs::MemfdFlags,
     net::{AddressFamily, SocketFlags, SocketType},
     process::{Pid, PidfdFlags, Signal},
@@ -342,6 +342,17 @@ impl Drop for Process {
 /// Kills a process. One that has ended already is what is wanted.
 pub fn kill(exact: &OwnedFd) {
     let _ = rustix::process::pidfd_send_signal(exact, Signal::KILL);
+}
+
+/// How long the end of a process that was killed may take.
+const KILLED: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
+
+/// Kills what may be a process and waits for its end. What is none is passed over.
+pub(crate) fn await_end(exact: &OwnedFd) {
+    if rustix::process::pidfd_send_signal(exact, Signal::KILL).is_ok() {
+        let mut exit = [PollFd::new(exact, PollFlags::IN)];
+        let _ = rustix::io::retry_on_intr(|| rustix::event::poll(&mut exit, Some(&KILLED)));
+    }
 }
 
 /// Gives the last of what a launcher wrote to its standard error.
