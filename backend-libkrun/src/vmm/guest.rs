@@ -18,7 +18,7 @@ use std::{
     fs::{self, File},
     io::{self, Write},
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, IntoRawFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
     process, thread,

@@ -1,4 +1,5 @@
 //! [`Place`]: a directory for sockets that nobody else can reach.
+#![allow(unsafe_code)]
 
 use rustix::{
     mount::{FsMountFlags, FsOpenFlags, MountAttrFlags},
@@ -28,7 +29,9 @@ impl Place {
         if let Ok(root) = mount() {
             return Ok(Self { root });
         }
-        rustix::thread::unshare(UnshareFlags::NEWUSER | UnshareFlags::NEWNS)?;
+        let flags = UnshareFlags::NEWUSER | UnshareFlags::NEWNS;
+        // SAFETY: neither flag takes descriptors away from anything that goes on to use them.
+        unsafe { rustix::thread::unshare_unsafe(flags)? };
         Ok(Self { root: mount()? })
     }
 

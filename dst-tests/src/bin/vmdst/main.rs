@@ -11,7 +11,7 @@ use vm_dst::{
     contract_doc,
     environment::Environment,
     seeds::{BadSeeds, number},
-    target::{KvmTarget, ProcessTarget, SimTarget, Target},
+    target::{KrunTarget, KvmTarget, ProcessTarget, SimTarget, Target},
 };
 
 mod bench;
@@ -78,6 +78,8 @@ enum Backend {
     Process,
     /// Machines of KVM
     Kvm,
+    /// Machines of libkrun
+    Libkrun,
 }
 
 impl Chosen {
@@ -87,6 +89,7 @@ impl Chosen {
             _ if self.env.is_some() => Err(Problem::usage(ENV_OF_SIM)),
             Backend::Process => Ok(Arc::new(ProcessTarget::new())),
             Backend::Kvm => Ok(Arc::new(KvmTarget::new())),
+            Backend::Libkrun => Ok(Arc::new(KrunTarget::new())),
         }
     }
 
@@ -147,6 +150,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 fn main() -> ExitCode {
     vm_backend_process::run_agent_if_asked();
     vm_backend_kvm::run_launcher_if_asked();
+    vm_backend_libkrun::run_launcher_if_asked();
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Run(arguments) => run::run(&arguments),
