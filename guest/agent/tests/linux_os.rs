@@ -26,6 +26,7 @@ fn sh(script: &str) -> SpawnSpec {
         ids: None,
         tty: None,
         stdin: false,
+        limits: Vec::new(),
     }
 }
 

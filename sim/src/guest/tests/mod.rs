@@ -39,6 +39,7 @@ pub(super) fn spec(argv: &[&str]) -> SpawnSpec {
         ids: None,
         tty: None,
         stdin: false,
+        limits: Vec::new(),
     }
 }
 
