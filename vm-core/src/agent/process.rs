@@ -8,9 +8,9 @@ use vm_guest_protocol::{
     Channel, ExecSpec, ProcessExit, Reply, Request, ResourceLimit, Started, TermSize, UserSpec,
 };
 use vm_trait::{
-    ExecFailure, ExecOutput, ExecRequest, ExecStatus, GuestProcessHandle, Limit, Operation, OutputChannel,
-    OutputOffsets, ProcessId, ProcessInfo, Resource, Signal, Stdin, TtySize, User, VmConfig, VmError,
-    VmErrorKind, VmId, VmResult,
+    ExecFailure, ExecOutput, ExecRequest, ExecStatus, GuestProcessHandle, Limit, Operation,
+    OutputChannel, OutputOffsets, ProcessId, ProcessInfo, Resource, Signal, Stdin, TtySize, User,
+    VmConfig, VmError, VmErrorKind, VmId, VmResult,
 };
 
 /// A timeout of this length is as good as none.

@@ -18,6 +18,7 @@ pub(super) fn config() -> OsConfig {
         seed: [7; 32],
         max_processes: 256,
         disks: Vec::new(),
+        shares: Vec::new(),
     }
 }
 

@@ -25,12 +25,16 @@ pub(super) fn mount_all(shares: &[BootShare]) -> Result<(), Failed> {
     }
     let known = fs::read_to_string("/proc/filesystems").map_err(Failed::at(STAGE, KIND))?;
     if !is_known(&known) {
-        return Err(Failed::new(STAGE, "this kernel has no virtiofs: neither built in nor as a module"));
+        return Err(Failed::new(
+            STAGE,
+            "this kernel has no virtiofs: neither built in nor as a module",
+        ));
     }
     for share in shares {
         let at = Path::new(&share.mount);
         mounts::make_dir(at).map_err(Failed::at(STAGE, &share.mount))?;
-        mount(share).map_err(Failed::at(STAGE, format_args!("{} at {}", share.tag, share.mount)))?;
+        mount(share)
+            .map_err(Failed::at(STAGE, format_args!("{} at {}", share.tag, share.mount)))?;
     }
     Ok(())
 }
