@@ -122,7 +122,12 @@ impl Hypervisor for ProcessHypervisor {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities::from_iter([Capability::Exec, Capability::Files, Capability::Tty])
+        Capabilities::from_iter([
+            Capability::Exec,
+            Capability::Files,
+            Capability::Tty,
+            Capability::Limits,
+        ])
     }
 
     fn limits(&self) -> HostLimits {
@@ -134,10 +139,17 @@ impl Hypervisor for ProcessHypervisor {
     }
 
     fn check(&self, config: &VmConfig) -> Result<(), MachineError> {
-        if config.disks.is_empty() {
-            return Ok(());
+        // Agents run without privilege, and cannot raise what they have from this process.
+        for (resource, limit) in &config.limits {
+            let own = vm_guest_agent::linux::hard_limit(resource.number()).flatten();
+            if limit.hard.unwrap_or(u64::MAX) > own.unwrap_or(u64::MAX) {
+                return Err(MachineError::Config {
+                    field: format!("limits.{resource}"),
+                    reason: format!("above this process's own hard limit of {}", own.unwrap_or(0)),
+                });
+            }
         }
-        Err(MachineError::Unsupported("disks".to_owned()))
+        Ok(())
     }
 
     async fn create(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>, MachineError> {

@@ -31,7 +31,9 @@ mod lifecycle;
 mod lifecycle_boot;
 mod lifecycle_ends;
 mod lifecycle_table;
+mod limits;
 mod metrics;
+mod mounts;
 mod pause;
 mod probe;
 mod process;
@@ -83,6 +85,8 @@ const GROUPS: &[&[Clause]] = &[
     config::CLAUSES,
     console_file::CLAUSES,
     boot_files::CLAUSES,
+    limits::CLAUSES,
+    mounts::CLAUSES,
     errors::CLAUSES,
     events::CLAUSES,
     metrics::CLAUSES,

@@ -4,6 +4,7 @@
 
 use proptest::prelude::*;
 use std::{
+    fs,
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::Path,
     thread,

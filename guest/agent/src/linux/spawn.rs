@@ -167,28 +167,37 @@ impl Theirs {
     }
 }
 
+/// What can be limited, in the order of the numbers that Linux has for it.
+const RESOURCES: [Resource; MAX_LIMITS] = [
+    Resource::Cpu,
+    Resource::Fsize,
+    Resource::Data,
+    Resource::Stack,
+    Resource::Core,
+    Resource::Rss,
+    Resource::Nproc,
+    Resource::Nofile,
+    Resource::Memlock,
+    Resource::As,
+    Resource::Locks,
+    Resource::Sigpending,
+    Resource::Msgqueue,
+    Resource::Nice,
+    Resource::Rtprio,
+    Resource::Rttime,
+];
+
+/// Gives the hard limit of this process on a resource, by the number that Linux has for it: the inner `None` is no
+/// limit, the outer one no such resource.
+#[must_use]
+pub fn hard_limit(resource: u8) -> Option<Option<u64>> {
+    let resource = RESOURCES.get(usize::from(resource))?;
+    Some(rustix::process::getrlimit(*resource).maximum)
+}
+
 /// Puts a limit into the terms of the call that sets it.
 fn limit_of(limit: &ResourceLimit) -> SysResult<(Resource, Rlimit)> {
-    // In the order of their numbers.
-    const ALL: [Resource; MAX_LIMITS] = [
-        Resource::Cpu,
-        Resource::Fsize,
-        Resource::Data,
-        Resource::Stack,
-        Resource::Core,
-        Resource::Rss,
-        Resource::Nproc,
-        Resource::Nofile,
-        Resource::Memlock,
-        Resource::As,
-        Resource::Locks,
-        Resource::Sigpending,
-        Resource::Msgqueue,
-        Resource::Nice,
-        Resource::Rtprio,
-        Resource::Rttime,
-    ];
-    let resource = ALL.get(usize::from(limit.resource)).ok_or(Errno::INVAL)?;
+    let resource = RESOURCES.get(usize::from(limit.resource)).ok_or(Errno::INVAL)?;
     let amount = |amount: u64| (amount != ResourceLimit::NONE).then_some(amount);
     Ok((*resource, Rlimit { current: amount(limit.soft), maximum: amount(limit.hard) }))
 }

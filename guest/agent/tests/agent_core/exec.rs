@@ -11,7 +11,8 @@ use vm_guest_agent::{
     os::{ChildExit, Errno},
 };
 use vm_guest_protocol::{
-    Channel, ExecSpec, Frame, GuestErrorKind as Kind, ProcessExit, Request, TermSize, UserSpec,
+    Channel, ExecSpec, Frame, GuestErrorKind as Kind, ProcessExit, Request, ResourceLimit,
+    TermSize, UserSpec,
 };
 
 fn failure(spec: ExecSpec) -> Kind {
