@@ -77,39 +77,6 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
-fn limits_are_those_of_the_program_and_not_of_the_agent() {
-    let own = || fs::read_to_string("/proc/self/limits").unwrap();
-    let before = own();
-    let mut os = os();
-    let limit = |resource, soft, hard| ResourceLimit { resource, soft, hard };
-    let limits = vec![limit(1, 4096, 8192), limit(4, 0, 0), limit(7, 17, 23)];
-    let spec = SpawnSpec { limits, ..sh("ulimit -n; ulimit -Hn; ulimit -c; exec cat /proc/self/limits") };
-    let (stdout, _, exit) = finish(&mut os, &spec);
-    assert_eq!(exit, ChildExit::Exited(0));
-    let shown = String::from_utf8(stdout).unwrap();
-    assert!(shown.starts_with("17\n23\n0\n"), "{shown}");
-    let row = |name: &str| -> Vec<String> {
-        let row = shown.lines().find_map(|line| line.strip_prefix(name)).unwrap();
-        row.split_whitespace().take(2).map(str::to_owned).collect()
-    };
-    assert_eq!(row("Max file size"), ["4096", "8192"]);
-    assert_eq!(row("Max open files"), ["17", "23"]);
-    assert_eq!(own(), before);
-}
-
-#[test]
-fn a_file_that_grows_beyond_its_limit_ends_the_program() {
-    let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("file");
-    let mut os = os();
-    let limits = vec![ResourceLimit { resource: 1, soft: 5000, hard: 5000 }];
-    let script = format!("exec head -c 9000 /dev/zero > {}", text(&file));
-    let (_, _, exit) = finish(&mut os, &SpawnSpec { limits, ..sh(&script) });
-    assert_eq!(exit, ChildExit::Signaled(25));
-    assert_eq!(fs::metadata(&file).unwrap().len(), 5000);
-}
-
-#[test]
     fn arguments_and_environment_arrive_as_given(
         args in prop::collection::vec("[^\0]{0,40}", 0..6),
         values in prop::collection::vec("[^\0]{0,40}", 0..6),
@@ -428,4 +395,38 @@ fn a_tree_is_removed_whatever_stands_in_it() {
     remove_tree(&root).unwrap();
     assert!(!root.exists() && outside.exists());
     remove_tree(&root).unwrap();
+}
+
+#[test]
+fn limits_are_those_of_the_program_and_not_of_the_agent() {
+    let own = || fs::read_to_string("/proc/self/limits").unwrap();
+    let before = own();
+    let mut os = os();
+    let limit = |resource, soft, hard| ResourceLimit { resource, soft, hard };
+    let limits = vec![limit(1, 4096, 8192), limit(4, 0, 0), limit(7, 17, 23)];
+    let spec =
+        SpawnSpec { limits, ..sh("ulimit -n; ulimit -Hn; ulimit -c; exec cat /proc/self/limits") };
+    let (stdout, _, exit) = finish(&mut os, &spec);
+    assert_eq!(exit, ChildExit::Exited(0));
+    let shown = String::from_utf8(stdout).unwrap();
+    assert!(shown.starts_with("17\n23\n0\n"), "{shown}");
+    let row = |name: &str| -> Vec<String> {
+        let row = shown.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        row.split_whitespace().take(2).map(str::to_owned).collect()
+    };
+    assert_eq!(row("Max file size"), ["4096", "8192"]);
+    assert_eq!(row("Max open files"), ["17", "23"]);
+    assert_eq!(own(), before);
+}
+
+#[test]
+fn a_file_that_grows_beyond_its_limit_ends_the_program() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    let mut os = os();
+    let limits = vec![ResourceLimit { resource: 1, soft: 5000, hard: 5000 }];
+    let script = format!("exec head -c 9000 /dev/zero > {}", text(&file));
+    let (_, _, exit) = finish(&mut os, &SpawnSpec { limits, ..sh(&script) });
+    assert_eq!(exit, ChildExit::Signaled(25));
+    assert_eq!(fs::metadata(&file).unwrap().len(), 5000);
 }

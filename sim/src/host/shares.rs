@@ -1,6 +1,6 @@
 //! The directories of the host that guests mount.
 
-use super::{HostState, SimHostLimits};
+use super::HostState;
 use crate::guest::{SharedDir, SimOs};
 use bytes::Bytes;
 use std::{
