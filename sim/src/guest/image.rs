@@ -94,6 +94,7 @@ impl SimOs {
         }
         let programs = programs.narrowed_to(&base);
         kernel.vfs.rebase(base);
+        kernel.lose_shared_files();
         Ok(Self { kernel, programs, faults: FaultSlot::default() })
     }
 }

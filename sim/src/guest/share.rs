@@ -2,7 +2,8 @@
 
 use super::{
     disk::{Disk, DiskSetup},
-    kernel::SimOs,
+    kernel::{Kernel, SimOs},
+    process::Opened,
     rope::Rope,
     tree::{Body, Dir, Inode, TOP},
     vfs::{Ino, Vfs},
@@ -294,6 +295,25 @@ impl SimOs {
     /// Closes what the guest, which ends, holds open of the directories that it has in hand.
     pub fn let_go_of_shares(&mut self) {
         self.kernel.vfs.let_go_of_shares();
+    }
+}
+
+impl Kernel {
+    /// Forgets what a saved guest held open of the host's directories: numbers of files say nothing any more.
+    pub(super) fn lose_shared_files(&mut self) {
+        let shares = self.vfs.shares.clone();
+        let lose = |ino: &mut Ino| {
+            if shares.contains(&ino.fs) && ino.node != TOP {
+                ino.node = u32::MAX;
+            }
+        };
+        for file in self.files.values_mut() {
+            if let Opened::Inode(ino) = &mut file.what {
+                lose(ino);
+            }
+        }
+        self.processes.values_mut().for_each(|process| lose(&mut process.cwd));
+        self.vfs.holds.retain(|ino, _| !shares.contains(&ino.fs) || ino.node == TOP);
     }
 }
 

@@ -3,6 +3,7 @@
 mod boundary;
 mod files;
 mod scripts;
+mod shares;
 mod state;
 mod timing;
 
