@@ -34,6 +34,7 @@ mod lifecycle_table;
 mod limits;
 mod metrics;
 mod mounts;
+mod network;
 mod pause;
 mod probe;
 mod process;
@@ -87,6 +88,7 @@ const GROUPS: &[&[Clause]] = &[
     boot_files::CLAUSES,
     limits::CLAUSES,
     mounts::CLAUSES,
+    network::CLAUSES,
     errors::CLAUSES,
     events::CLAUSES,
     metrics::CLAUSES,
