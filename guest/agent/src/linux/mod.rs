@@ -25,7 +25,6 @@ pub mod vsock_tool;
 pub use guest_os::{LinuxOs, Scope};
 pub use remove::remove_tree;
 pub use serve::{Ended, Listener, ServeConfig, serve};
-pub use spawn::hard_limit;
 
 use crate::os::Errno;
 use rustix::process::{Resource, Rlimit};

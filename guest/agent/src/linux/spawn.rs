@@ -187,14 +187,6 @@ const RESOURCES: [Resource; MAX_LIMITS] = [
     Resource::Rttime,
 ];
 
-/// Gives the hard limit of this process on a resource, by the number that Linux has for it: the inner `None` is no
-/// limit, the outer one no such resource.
-#[must_use]
-pub fn hard_limit(resource: u8) -> Option<Option<u64>> {
-    let resource = RESOURCES.get(usize::from(resource))?;
-    Some(rustix::process::getrlimit(*resource).maximum)
-}
-
 /// Puts a limit into the terms of the call that sets it.
 fn limit_of(limit: &ResourceLimit) -> SysResult<(Resource, Rlimit)> {
     let resource = RESOURCES.get(usize::from(limit.resource)).ok_or(Errno::INVAL)?;
