@@ -420,6 +420,42 @@ fn limits_are_those_of_the_program_and_not_of_the_agent() {
 }
 
 #[test]
+fn each_of_the_sixteen_limits_is_set() {
+    const AMOUNTS: [u64; 16] = [
+        9_000,
+        1 << 20,
+        1 << 30,
+        1 << 20,
+        11,
+        1 << 30,
+        3_000,
+        64,
+        12 << 10,
+        1 << 40,
+        13,
+        14,
+        15,
+        0,
+        0,
+        1 << 40,
+    ];
+    let limits = (0..).zip(AMOUNTS).map(|(resource, amount)| ResourceLimit {
+        resource,
+        soft: amount,
+        hard: amount,
+    });
+    let spec = SpawnSpec { limits: limits.collect(), ..sh("exec cat /proc/self/limits") };
+    let (stdout, _, _) = finish(&mut os(), &spec);
+    let table = String::from_utf8(stdout).unwrap();
+    // Words of the name, soft, hard and unit; the first row is the heading.
+    for (row, amount) in table.lines().skip(1).zip(AMOUNTS) {
+        let shown: Vec<&str> = row[25..].split_whitespace().take(2).collect();
+        assert_eq!(shown, [amount.to_string(), amount.to_string()], "{row}");
+    }
+    assert_eq!(table.lines().count(), 17);
+}
+
+#[test]
 fn a_file_that_grows_beyond_its_limit_ends_the_program() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("file");
