@@ -10,7 +10,7 @@ use super::{
     pty::Pty,
     signals,
     tree::Device,
-    vfs::{Caller, Ino, OpenFlags},
+    vfs::{Caller, OpenFlags},
 };
 use bytes::Bytes;
 use std::{collections::btree_map::Entry, sync::Arc, time::Duration};
@@ -151,6 +151,9 @@ impl SimOs {
 
     fn open_agent_file(&mut self, path: &str, flags: OpenFlags, mode: u32) -> SysResult<Fd> {
         self.agent_fault(&SysCall::Open { pid: AGENT, path, write: flags.write })?;
+        if self.kernel.leads_to_share(AGENT, path) {
+            self.agent_fault(&SysCall::Share { pid: AGENT, write: false })?;
+        }
         let ino = self.kernel.on_vfs(AGENT, |vfs, who| vfs.open(who, path, flags, mode))?;
         if self.kernel.vfs.is_dir(ino) {
             return Err(Errno::ISDIR);
@@ -162,23 +165,15 @@ impl SimOs {
         } else {
             Opened::Inode(ino)
         };
-        if let Opened::Inode(ino) = &what {
-            self.agent_fault_of_share(*ino, false)?;
-        }
         Ok(self.add_agent_file(what, flags))
     }
 
     /// Lets faults of the host's happen where the agent works on a directory of the host.
-    fn agent_fault_of_share(&mut self, ino: Ino, write: bool) -> SysResult<()> {
-        if !self.kernel.vfs.is_shared(ino) {
-            return Ok(());
-        }
-        self.agent_fault(&SysCall::Share { pid: AGENT, write })
-    }
-
     fn agent_fault_of_file(&mut self, file: u32, write: bool) -> SysResult<()> {
         match self.kernel.files.get(&file).map(|open| &open.what) {
-            Some(Opened::Inode(ino)) => self.agent_fault_of_share(*ino, write),
+            Some(Opened::Inode(ino)) if self.kernel.vfs.is_shared(*ino) => {
+                self.agent_fault(&SysCall::Share { pid: AGENT, write })
+            }
             _ => Ok(()),
         }
     }

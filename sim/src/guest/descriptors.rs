@@ -23,8 +23,10 @@ impl Syscalls<'_> {
     /// The kernel's.
     pub fn open(&mut self, path: &str, flags: OpenFlags, mode: u32) -> SysResult<u32> {
         self.fault(&SysCall::Open { pid: self.pid, path, write: flags.write })?;
+        if self.os.kernel.leads_to_share(self.pid, path) {
+            self.fault(&SysCall::Share { pid: self.pid, write: false })?;
+        }
         let what = self.open_what(path, flags, mode)?;
-        self.fault_of_share(&what, false)?;
         let kernel = &mut self.os.kernel;
         let file = kernel.add_file(what, flags);
         kernel.install(self.pid, file, 0)

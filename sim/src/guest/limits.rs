@@ -1,4 +1,4 @@
-//! What a process may use.
+//! What a process may use. FSIZE, DATA, NPROC, NOFILE and AS are enforced; the others are kept, inherited and shown.
 
 use super::process::Process;
 use serde::{Deserialize, Serialize};

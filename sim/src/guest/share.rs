@@ -299,6 +299,15 @@ impl SimOs {
 }
 
 impl Kernel {
+    /// Says whether a path leads to a directory of the host, or a place in one where nothing is yet.
+    pub(super) fn leads_to_share(&self, pid: u32, path: &str) -> bool {
+        if self.vfs.shares.is_empty() {
+            return false;
+        }
+        let found = self.vfs.walk(&self.caller(pid), path, true);
+        found.is_ok_and(|found| self.vfs.is_shared(found.ino.unwrap_or(found.parent)))
+    }
+
     /// Forgets what a saved guest held open of the host's directories: numbers of files say nothing any more.
     pub(super) fn lose_shared_files(&mut self) {
         let shares = self.vfs.shares.clone();

@@ -83,7 +83,7 @@ impl SimHostLimits {
 pub struct SimHost(pub(crate) Arc<World>);
 
 impl SimHost {
-    /// Gives its file system.
+    /// Gives its file system. A directory that machines are to mount is made there first.
     #[must_use]
     pub fn fs(&self) -> SimHostFs {
         SimHostFs::new(Arc::clone(&self.0))
