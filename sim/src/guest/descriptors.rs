@@ -10,7 +10,7 @@ use super::{
     signals,
     syscalls::{FdStat, OpenFlags, Syscalls},
     tree::{Body, Device},
-    vfs::{Caller, PROC_FS, Vfs},
+    vfs::{Caller, Ino, PROC_FS, Vfs},
 };
 use bytes::Bytes;
 use vm_guest_agent::os::{Errno, SysResult};
@@ -131,7 +131,7 @@ impl Syscalls<'_> {
         }
         if let Opened::Inode(ino) = open.what {
             self.fault(&SysCall::Read { pid: self.pid })?;
-            self.fault_of_share(&Opened::Inode(ino), false)?;
+            self.fault_of_share(ino, false)?;
         }
         self.os.kernel.read_file(file, max)
     }
@@ -150,7 +150,7 @@ impl Syscalls<'_> {
         if let Opened::Inode(ino) = open.what {
             let (at, append) = (open.offset, open.flags.append);
             self.fault(&SysCall::Write { pid: self.pid, len: bytes.len() })?;
-            self.fault_of_share(&Opened::Inode(ino), true)?;
+            self.fault_of_share(ino, true)?;
             let at = if append { self.os.kernel.vfs.inode(ino)?.size() } else { at };
             let room = self.check_file_size(at, bytes.len())?;
             bytes.truncate(room);
@@ -228,7 +228,7 @@ impl Syscalls<'_> {
         let file = self.os.kernel.file_of(self.pid, fd)?;
         self.fault(&SysCall::Sync { pid: self.pid })?;
         if let Some(Opened::Inode(ino)) = self.os.kernel.files.get(&file).map(|open| &open.what) {
-            self.fault_of_share(&Opened::Inode(*ino), false)?;
+            self.fault_of_share(*ino, false)?;
         }
         self.os.kernel.sync_file_of(file)
     }
@@ -263,13 +263,11 @@ impl Syscalls<'_> {
     }
 
     /// Lets faults of the host's happen where the process works on a directory of the host.
-    fn fault_of_share(&mut self, what: &Opened, write: bool) -> SysResult<()> {
-        match what {
-            Opened::Inode(ino) if self.os.kernel.vfs.is_shared(*ino) => {
-                self.fault(&SysCall::Share { pid: self.pid, write })
-            }
-            _ => Ok(()),
+    fn fault_of_share(&mut self, ino: Ino, write: bool) -> SysResult<()> {
+        if !self.os.kernel.vfs.is_shared(ino) {
+            return Ok(());
         }
+        self.fault(&SysCall::Share { pid: self.pid, write })
     }
 }
 
