@@ -44,6 +44,7 @@ const CLAIMS: &[Capability] = &[
     Capability::RestoreInPlace,
     Capability::Inspect,
     Capability::IncrementalSnapshot,
+    Capability::Limits,
 ];
 
 /// Why machines of this kind cannot be made here.

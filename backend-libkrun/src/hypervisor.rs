@@ -32,6 +32,7 @@ const CLAIMS: &[Capability] = &[
     Capability::Root,
     Capability::Kernel,
     Capability::ConsoleFile,
+    Capability::Limits,
 ];
 
 /// Why machines of this kind cannot be made here.

@@ -139,6 +139,7 @@ impl Parcel {
             modules: prepared.image.modules_for(&needs),
             root,
             disks,
+            ..BootConfig::default()
         };
         let part = prepared.image.part_for(&boot);
         let boot_part = part.map_err(|error| MachineError::Failed(error.to_string()))?;

@@ -27,7 +27,7 @@ const MAX_GUEST_PATH: usize = 1024;
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
 pub struct MountConfig {
-    /// The host directory. It must exist when the machine is made.
+    /// The host directory. It must exist when the machine is made, and is not given twice.
     pub path: PathBuf,
     /// Where the guest sees it: an absolute, normalised path other than `/`, at most 1,024 bytes, that is neither
     /// within nor around that of another mount or disk.
@@ -68,6 +68,10 @@ pub(super) fn validate(mounts: &[MountConfig], disks: &[DiskConfig]) -> Result<(
             );
             return Err(VmErrorKind::invalid(field("mount"), reason));
         }
+        if let Some(other) = mounts[..index].iter().position(|it| it.path == mount.path) {
+            let reason = format!("the same directory as mounts[{other}]");
+            return Err(VmErrorKind::invalid(field("path"), reason));
+        }
         let earlier = mounts[..index].iter().map(|it| &it.mount).enumerate();
         let taken = earlier
             .map(|(other, at)| (format!("mounts[{other}]"), at))
@@ -103,16 +107,20 @@ mod tests {
     fn each_bad_field_is_named() {
         let good = || MountConfig::new("h", "/a");
         for (field, mounts) in [
-            ("mounts", (0..17).map(|n| MountConfig::new("h", format!("/m{n}"))).collect()),
+            (
+                "mounts",
+                (0..17).map(|n| MountConfig::new(format!("h{n}"), format!("/m{n}"))).collect(),
+            ),
             ("mounts[0].path", vec![MountConfig::new("", "/a")]),
             ("mounts[0].path", vec![MountConfig::new("a\0b", "/a")]),
-            ("mounts[1].mount", vec![good(), MountConfig::new("h", "/")]),
-            ("mounts[1].mount", vec![good(), MountConfig::new("h", "/a/b")]),
+            ("mounts[1].mount", vec![good(), MountConfig::new("i", "/")]),
+            ("mounts[1].mount", vec![good(), MountConfig::new("i", "/a/b")]),
+            ("mounts[1].path", vec![good(), MountConfig::new("h", "/b")]),
             ("mounts[0].mount", vec![MountConfig::new("h", format!("/{}", "x".repeat(1024)))]),
         ] {
             assert_eq!(checked(mounts, Vec::new()), Err(field.to_owned()));
         }
-        assert_eq!(checked(vec![good(), MountConfig::new("h", "/ab")], Vec::new()), Ok(()));
+        assert_eq!(checked(vec![good(), MountConfig::new("i", "/ab")], Vec::new()), Ok(()));
     }
 
     proptest! {
@@ -130,7 +138,8 @@ mod tests {
             prop_assume!(disks_apart);
             let disks = disks.iter().enumerate();
             let disks = disks.map(|(n, at)| DiskConfig::new(format!("d{n}"), at.clone())).collect();
-            let mounts = mounts.iter().map(|at| MountConfig::new("h", at.clone())).collect();
+            let mounts = mounts.iter().enumerate();
+            let mounts = mounts.map(|(n, at)| MountConfig::new(format!("h{n}"), at.clone())).collect();
             let expected = first_bad.map_or(Ok(()), |index| Err(format!("mounts[{index}].mount")));
             prop_assert_eq!(checked(mounts, disks), expected);
         }
