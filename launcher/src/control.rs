@@ -31,7 +31,8 @@ pub const MAX_FDS: usize = 64;
 pub enum ToLauncher {
     /// Describes the machine. Descriptors: the kernel; each part of the initial RAM disk in order
     /// ([`MachineSetUp::initrd_parts`]); the console ring; the console file where
-    /// [`console_file`](MachineSetUp::console_file) says so; then each of [`disks`](MachineSetUp::disks).
+    /// [`console_file`](MachineSetUp::console_file) says so; then each of [`disks`](MachineSetUp::disks) and
+    /// [`shares`](MachineSetUp::shares).
     SetUp(Box<MachineSetUp>),
     /// Describes a machine that was saved; it is then paused where it was. It comes in place of
     /// [`SetUp`](Self::SetUp) and is answered like it. Descriptors: the state; a file that says which part of memory
@@ -93,6 +94,8 @@ pub struct MachineSetUp {
     pub console_file_limit: u64,
     /// The block devices.
     pub disks: Vec<DiskSetUp>,
+    /// The host's directories, whose descriptors come last.
+    pub shares: Vec<ShareSetUp>,
     /// The guest's vsock address.
     pub vsock_cid: u32,
 }
@@ -102,6 +105,15 @@ pub struct MachineSetUp {
 pub struct DiskSetUp {
     /// The serial string that the guest finds it by, at most 20 bytes.
     pub serial: String,
+    /// Whether writes are refused.
+    pub read_only: bool,
+}
+
+/// A directory of the host that the guest sees; it comes as a descriptor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShareSetUp {
+    /// The tag that the guest finds it by.
+    pub tag: String,
     /// Whether writes are refused.
     pub read_only: bool,
 }

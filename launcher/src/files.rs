@@ -6,7 +6,10 @@ use std::{
     fmt::Display,
     fs::{self, File, OpenOptions},
     io::{self, Read},
-    os::unix::fs::{FileTypeExt, OpenOptionsExt},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{FileTypeExt, OpenOptionsExt},
+    },
     path::Path,
     thread,
     time::{Duration, Instant},
@@ -56,7 +59,20 @@ pub fn check(config: &VmConfig) -> Result<(), MachineError> {
         let checked = check_disk(disk);
         checked.map_err(|reason| flaw(&disk_field(index), &disk.path, reason))?;
     }
+    for (index, mount) in config.mounts.iter().enumerate() {
+        open_mount(index, &mount.path)?;
+    }
     Ok(())
+}
+
+/// Opens a directory that the guest is to see.
+///
+/// # Errors
+/// [`MachineError::Config`] with the field.
+pub fn open_mount(index: usize, path: &Path) -> Result<OwnedFd, MachineError> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let fail = |error: io::Error| flaw(&format!("mounts[{index}].path"), path, error);
+    rustix::fs::open(path, flags, Mode::empty()).map_err(|error| fail(error.into()))
 }
 
 /// Says which file system a root image holds.

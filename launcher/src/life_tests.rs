@@ -285,6 +285,7 @@ fn a_set_up_is_refused_with_its_field() {
             console_file: false,
             console_file_limit: 0,
             disks: Vec::new(),
+            shares: Vec::new(),
             vsock_cid: 3,
         };
         let files = [File::open("/dev/null").unwrap(), File::open("/dev/zero").unwrap()];

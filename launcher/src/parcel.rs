@@ -1,7 +1,7 @@
 //! [`Parcel`]: what a machine is made of, and how a launcher is sent it.
 
 use crate::{
-    control::{DiskSetUp, MachineSetUp, ToLauncher},
+    control::{DiskSetUp, MachineSetUp, ShareSetUp, ToLauncher},
     files,
     images::{Images, Prepared},
     life::{Life, host},
@@ -18,7 +18,7 @@ use std::{
 use tokio::task::spawn_blocking;
 use vm_core::machine::{MachineError, MachineSpec};
 use vm_guest_image::Need;
-use vm_guest_protocol::boot::{BootConfig, BootDisk, BootRoot};
+use vm_guest_protocol::boot::{BootConfig, BootDisk, BootRoot, BootShare};
 use vm_trait::{DiskConfig, HostLimits, Mib, RootSource, VmConfig};
 
 /// The most vCPUs that a launcher gives a machine.
@@ -103,6 +103,21 @@ struct Parcel {
     boot_part: OwnedFd,
     console_file: Option<File>,
     disks: Vec<File>,
+    shares: Vec<OwnedFd>,
+}
+
+/// Opens the host's directories of a configuration; says what guest and launcher are told of each.
+fn shares_of(
+    config: &VmConfig,
+) -> Result<(Vec<BootShare>, Vec<(ShareSetUp, OwnedFd)>), MachineError> {
+    let mut boot = Vec::new();
+    let mut shares = Vec::new();
+    for (index, mount) in config.mounts.iter().enumerate() {
+        let (tag, read_only) = (BootShare::tag_of(index), mount.read_only);
+        boot.push(BootShare { tag: tag.clone(), mount: mount.mount.clone(), read_only });
+        shares.push((ShareSetUp { tag, read_only }, files::open_mount(index, &mount.path)?));
+    }
+    Ok((boot, shares))
 }
 
 impl Made {
@@ -129,6 +144,10 @@ impl Parcel {
             None => BootRoot::Initial { read_only: config.root.read_only },
         };
         let disks = devices.add_disks(config, &mut needs)?;
+        let (boot_shares, shares) = shares_of(config)?;
+        if !shares.is_empty() {
+            needs.push(Need::Shares);
+        }
         let modules = prepared.image.modules();
         if let Some(need) = needs.iter().find(|need| !modules.supports(**need)) {
             let reason = format!("neither the kernel nor its modules have what {need:?} needs");
@@ -139,7 +158,7 @@ impl Parcel {
             modules: prepared.image.modules_for(&needs),
             root,
             disks,
-            ..BootConfig::default()
+            shares: boot_shares,
         };
         let part = prepared.image.part_for(&boot);
         let boot_part = part.map_err(|error| MachineError::Failed(error.to_string()))?;
@@ -151,10 +170,12 @@ impl Parcel {
             devices_in_cmdline: !prepared.devices_by_acpi || turns_acpi_off(&config.kernel.cmdline),
             initrd_parts: 2 + u8::from(user_initrd.is_some()),
             disks: devices.set_ups,
+            shares: shares.iter().map(|(set_up, _)| set_up.clone()).collect(),
             ..plain_set_up(config, name, console_file.is_some())
         };
         let disks = devices.files;
-        Ok(Self { set_up, prepared, user_initrd, boot_part, console_file, disks })
+        let shares = shares.into_iter().map(|(_, directory)| directory).collect();
+        Ok(Self { set_up, prepared, user_initrd, boot_part, console_file, disks, shares })
     }
 
     fn packet<'a>(&'a self, ring: BorrowedFd<'a>) -> (ToLauncher, Vec<BorrowedFd<'a>>) {
@@ -164,6 +185,7 @@ impl Parcel {
         fds.extend([self.prepared.image.file(), self.boot_part.as_fd(), ring]);
         fds.extend(self.console_file.as_ref().map(AsFd::as_fd));
         fds.extend(self.disks.iter().map(AsFd::as_fd));
+        fds.extend(self.shares.iter().map(AsFd::as_fd));
         (ToLauncher::SetUp(Box::new(self.set_up.clone())), fds)
     }
 }
@@ -190,6 +212,7 @@ pub fn plain_set_up(config: &VmConfig, name: String, console_file: bool) -> Mach
         console_file,
         console_file_limit: CONSOLE_FILE_LIMIT,
         disks: Vec::new(),
+        shares: Vec::new(),
         vsock_cid: GUEST_CID,
     }
 }

@@ -88,6 +88,16 @@ impl Context {
         call!(krun_add_disk2(self.id, serial.as_ptr(), path.as_ptr(), RAW, read_only)).map(drop)
     }
 
+    /// Adds a directory that the guest finds by its tag.
+    pub(super) fn add_share(
+        &self,
+        tag: &CStr,
+        path: &CStr,
+        read_only: bool,
+    ) -> Result<(), Refused> {
+        call!(krun_add_virtiofs3(self.id, tag.as_ptr(), path.as_ptr(), 0, read_only)).map(drop)
+    }
+
     /// Adds vsock without any network by way of it, and a socket by which the host reaches a port of the guest.
     pub(super) fn add_vsock(&self, port: u32, socket: &CStr) -> Result<(), Refused> {
         call!(krun_add_vsock(self.id, 0))?;

@@ -243,6 +243,13 @@ fn become_machine(
         for disk in &plan.disks {
             context.add_disk(&disk.serial, &path_of(&disk.file), disk.read_only)?;
         }
+        for share in &plan.shares {
+            // The dot has the link to the descriptor followed.
+            let mut path = path_of(&share.directory).into_bytes();
+            path.extend(b"/.");
+            let path = CString::new(path).unwrap_or_default();
+            context.add_share(&share.tag, &path, share.read_only)?;
+        }
         let socket = plan.place.path(SOCKET);
         let socket = CString::new(socket.as_os_str().as_bytes()).unwrap_or_default();
         context.add_vsock(AGENT_PORT, &socket)

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use rustix::{
-    mount::{FsMountFlags, FsOpenFlags, MountAttrFlags},
+    mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, OpenTreeFlags},
     thread::UnshareFlags,
 };
 use std::{
@@ -52,6 +52,50 @@ fn mount() -> rustix::io::Result<OwnedFd> {
     rustix::mount::fsconfig_create(&context)?;
     let attributes = MountAttrFlags::MOUNT_ATTR_NOEXEC | MountAttrFlags::MOUNT_ATTR_NODEV;
     rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+}
+
+/// Makes a mount of a directory that stands nowhere: nothing leads out of it, whatever a guest asks for by `..`, and the
+/// host's kernel refuses writes itself where they are to be refused.
+///
+/// # Errors
+/// When this process may not mount what it was given.
+pub(super) fn confined(directory: OwnedFd, read_only: bool) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH
+        | OpenTreeFlags::AT_RECURSIVE;
+    let mount = rustix::mount::open_tree(&directory, c"", flags)?;
+    if read_only {
+        forbid_writing(&mount)?;
+    }
+    Ok(mount)
+}
+
+/// `struct mount_attr` of mount_setattr(2).
+#[repr(C)]
+struct MountAttr {
+    set: u64,
+    clear: u64,
+    propagation: u64,
+    userns: u64,
+}
+
+const MOUNT_ATTR_RDONLY: u64 = 1;
+
+fn forbid_writing(mount: &OwnedFd) -> io::Result<()> {
+    let attr = MountAttr { set: MOUNT_ATTR_RDONLY, clear: 0, propagation: 0, userns: 0 };
+    // SAFETY: the path is an empty string with its null, and the structure is of the size given; both outlive the call.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
+            &raw const attr,
+            size_of::<MountAttr>(),
+        )
+    };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Gives the path of a descriptor, for whoever has it under the same number.

@@ -1,6 +1,6 @@
 //! [`Plan`]: what a machine is made of.
 
-use super::place::Place;
+use super::place::{Place, confined};
 use rustix::fs::MemfdFlags;
 use std::{
     ffi::CString,
@@ -38,6 +38,7 @@ pub(super) struct Plan {
     pub(super) kernel: OwnedFd,
     pub(super) initrd: File,
     pub(super) disks: Vec<Disk>,
+    pub(super) shares: Vec<Share>,
     pub(super) place: Place,
 }
 
@@ -47,6 +48,14 @@ pub(super) struct Disk {
     pub(super) serial: CString,
     pub(super) read_only: bool,
     pub(super) file: OwnedFd,
+}
+
+/// A directory of the host that the guest sees.
+#[derive(Debug)]
+pub(super) struct Share {
+    pub(super) tag: CString,
+    pub(super) read_only: bool,
+    pub(super) directory: OwnedFd,
 }
 
 impl Plan {
@@ -78,6 +87,16 @@ impl Plan {
                 .map_err(|error| config("disks", error.to_string()))?;
             disks.push(Disk { serial, read_only: disk.read_only, file: next("disks")? });
         }
+        let place = Place::new();
+        let place = place.map_err(|error| failed("a place for the agent's socket", error))?;
+        let mut shares = Vec::new();
+        for share in &set_up.shares {
+            let tag = CString::new(share.tag.as_str())
+                .map_err(|error| config("mounts", error.to_string()))?;
+            let directory = confined(next("mounts")?, share.read_only)
+                .map_err(|error| failed("a mount of its own for a host directory", error))?;
+            shares.push(Share { tag, read_only: share.read_only, directory });
+        }
         if fds.next().is_some() {
             return Err(Refusal::Failed("too many descriptors came".to_owned()));
         }
@@ -85,11 +104,12 @@ impl Plan {
         let plan = Self {
             vcpus: set_up.vcpus,
             memory_mib: set_up.memory_mib,
-            cmdline: command_line(&set_up.cmdline, set_up.disks.len())?,
+            cmdline: command_line(&set_up.cmdline, set_up.disks.len() + set_up.shares.len())?,
             kernel,
             initrd: joined(parts).map_err(|error| failed("initial RAM disk", error))?,
             disks,
-            place: Place::new().map_err(|error| failed("a place for the agent's socket", error))?,
+            shares,
+            place,
         };
         Ok((plan, console))
     }
@@ -98,12 +118,13 @@ impl Plan {
     pub(super) fn fds(&self) -> Vec<BorrowedFd<'_>> {
         let mut fds = vec![self.kernel.as_fd(), self.initrd.as_fd(), self.place.as_fd()];
         fds.extend(self.disks.iter().map(|disk| disk.file.as_fd()));
+        fds.extend(self.shares.iter().map(|share| share.directory.as_fd()));
         fds
     }
 }
 
 /// Puts the command line together, without what libkrun adds at its end.
-fn command_line(user: &str, disks: usize) -> Result<CString, Refusal> {
+fn command_line(user: &str, others: usize) -> Result<CString, Refusal> {
     // What comes after either is no word for the kernel, and libkrun has some to add.
     if user.split_whitespace().any(|word| word == "--") {
         return Err(config("cmdline", "`--` would hide the devices from the kernel"));
@@ -112,7 +133,7 @@ fn command_line(user: &str, disks: usize) -> Result<CString, Refusal> {
         return Err(config("cmdline", "a quotation mark is not closed"));
     }
     let line = cmdline::line(user, []);
-    let added = SEPARATORS + DEVICE_WORD * (OWN_DEVICES + disks);
+    let added = SEPARATORS + DEVICE_WORD * (OWN_DEVICES + others);
     cmdline::check(user, &line, CMDLINE_BYTES.saturating_sub(added))?;
     CString::new(line).map_err(|error| config("cmdline", error.to_string()))
 }
