@@ -20,6 +20,9 @@ use vm_launcher::{
 /// The longest command line that Linux on x86-64 reads, with its null.
 const CMDLINE_BYTES: usize = 2048;
 
+/// A page of the guest's memory.
+const PAGE: u64 = 4096;
+
 /// The longest word with which libkrun announces a device, with its space.
 const DEVICE_WORD: usize = " virtio_mmio.device=4K@0x123456789:99".len();
 
@@ -100,13 +103,21 @@ impl Plan {
         if fds.next().is_some() {
             return Err(Refusal::Failed("too many descriptors came".to_owned()));
         }
+        let initrd = joined(parts).map_err(|error| failed("initial RAM disk", error))?;
+        let length = initrd.metadata().map_err(|error| failed("initial RAM disk", error))?.len();
+        // Libkrun does not survive one that is larger than memory; what fits beside it is for the kernel to say.
+        if length >= u64::from(set_up.memory_mib) << 20 {
+            let reason =
+                format!("{} MiB do not hold {length} bytes to start from", set_up.memory_mib);
+            return Err(config("memory_mib", reason));
+        }
         let console = Console::new(ring, set_up.console_ring_bytes, log);
         let plan = Self {
             vcpus: set_up.vcpus,
             memory_mib: set_up.memory_mib,
             cmdline: command_line(&set_up.cmdline, set_up.disks.len() + set_up.shares.len())?,
             kernel,
-            initrd: joined(parts).map_err(|error| failed("initial RAM disk", error))?,
+            initrd,
             disks,
             shares,
             place,
@@ -149,6 +160,9 @@ fn joined(parts: Vec<File>) -> io::Result<File> {
         part.rewind()?;
         io::copy(&mut part, &mut whole)?;
     }
+    // Libkrun lets it end where memory does, and it has to begin with a page.
+    let length = whole.stream_position()?.next_multiple_of(PAGE);
+    whole.set_len(length)?;
     Ok(whole)
 }
 
@@ -169,7 +183,7 @@ mod tests {
         let mut bytes = [1; 10];
         whole.read_exact_at(&mut bytes, 0).unwrap();
         assert_eq!(&bytes, b"abcde\0\0\0fg");
-        assert_eq!(whole.metadata().unwrap().len(), 10);
+        assert_eq!(whole.metadata().unwrap().len(), PAGE);
     }
 
     #[test]
