@@ -218,12 +218,16 @@ impl Actor {
         let talk = async {
             client.ready().await?;
             if own_kernel {
-                if restored {
+                // Both at once: a restored guest is slow at first, and each has a way to go.
+                let reseed = async {
+                    if !restored {
+                        return Ok(());
+                    }
                     let mut entropy = [0; 32];
                     core.parts.env.fill_random(&mut entropy);
-                    client.reseed(entropy).await?;
-                }
-                client.set_clock(core.parts.env.wall_clock()).await?;
+                    client.reseed(entropy).await
+                };
+                try_join(reseed, client.set_clock(core.parts.env.wall_clock())).await?;
             }
             Ok(())
         };
