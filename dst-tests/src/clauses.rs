@@ -31,7 +31,10 @@ mod lifecycle;
 mod lifecycle_boot;
 mod lifecycle_ends;
 mod lifecycle_table;
+mod limits;
 mod metrics;
+mod mounts;
+mod network;
 mod pause;
 mod probe;
 mod process;
@@ -83,6 +86,9 @@ const GROUPS: &[&[Clause]] = &[
     config::CLAUSES,
     console_file::CLAUSES,
     boot_files::CLAUSES,
+    limits::CLAUSES,
+    mounts::CLAUSES,
+    network::CLAUSES,
     errors::CLAUSES,
     events::CLAUSES,
     metrics::CLAUSES,
