@@ -1,6 +1,9 @@
 //! What is kept of a run that broke a promise: its timeline, bounded.
 
-use crate::{clause::Clause, target::{Detail, RunReport, Target}};
+use crate::{
+    clause::Clause,
+    target::{Detail, RunReport, Target},
+};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::VecDeque,

@@ -11,7 +11,8 @@ use futures_util::{
     future::{Either, select},
 };
 use std::{
-    collections::BTreeMap, future::Future, panic::AssertUnwindSafe, pin::pin, sync::Arc, time::Duration,
+    collections::BTreeMap, future::Future, panic::AssertUnwindSafe, pin::pin, sync::Arc,
+    time::Duration,
 };
 use vm_core::{
     env::Env,

@@ -290,12 +290,7 @@ impl Host {
         Backend { core, faults, made: Arc::default() }
     }
 
-    fn open(
-        &self,
-        env: Arc<dyn Env>,
-        clause: &Clause,
-        records: &Records,
-    ) -> Result<Setup, String> {
+    fn open(&self, env: Arc<dyn Env>, clause: &Clause, records: &Records) -> Result<Setup, String> {
         let dir = match clause.needs_faults.contains(&FaultKind::HostDiskFull) {
             true => Arc::new(RunDir::that_can_be_full()?),
             false => Arc::new(RunDir::new()?),

@@ -50,7 +50,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8, Problem> {
 fn text(report: &RunReport) -> String {
     // What the console said may have several lines.
     let indent = format!("\n{:36}", "");
-    let shown = report.timeline.iter().map(|line| line.to_string().trim_end().replace('\n', &indent));
+    let shown =
+        report.timeline.iter().map(|line| line.to_string().trim_end().replace('\n', &indent));
     let mut lines: Vec<_> = shown.collect();
     if !lines.is_empty() {
         lines.push(String::new());
