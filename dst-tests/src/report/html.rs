@@ -1,6 +1,7 @@
 //! What sessions came to, as one page that needs nothing else: summary, matrix, faults and timelines of failures.
 
 use crate::summary::Summary;
+use serde_json::Value;
 use twox_hash::XxHash3_128;
 
 /// The page without its parts, in the order in which they stand in it.
@@ -9,6 +10,8 @@ const STYLE: &str = include_str!("page.css");
 const SCRIPT: &str = include_str!("page.js");
 /// What stands in for the mark of the scripts and styles that are the page's own.
 const NONCE: &str = "{nonce}";
+/// The largest number up to which JavaScript's have every digit.
+const LARGEST_EXACT: u64 = (1 << 53) - 1;
 
 /// Gives the page. The same summaries give the same page.
 ///
@@ -18,7 +21,9 @@ const NONCE: &str = "{nonce}";
 /// # Errors
 /// Those of the writer of its data.
 pub fn page(summaries: &[Summary]) -> Result<String, serde_json::Error> {
-    let data = embeddable(&serde_json::to_string(summaries)?);
+    let mut data = serde_json::to_value(summaries)?;
+    spell_large_numbers(&mut data);
+    let data = embeddable(&data.to_string());
     // Nothing within the data can name a hash of the data.
     let nonce = format!("{:032x}", XxHash3_128::oneshot(data.as_bytes()));
     let mut page = String::with_capacity(PAGE.len() + STYLE.len() + SCRIPT.len() + data.len());
@@ -31,6 +36,20 @@ pub fn page(summaries: &[Summary]) -> Result<String, serde_json::Error> {
     }
     page += rest;
     Ok(page)
+}
+
+/// Turns numbers that JavaScript's cannot hold, as seeds and ids of VMs are, into texts.
+fn spell_large_numbers(value: &mut Value) {
+    match value {
+        Value::Number(number) => {
+            if let Some(large) = number.as_u64().filter(|number| *number > LARGEST_EXACT) {
+                *value = Value::String(format!("{large:#x}"));
+            }
+        }
+        Value::Array(values) => values.iter_mut().for_each(spell_large_numbers),
+        Value::Object(entries) => entries.values_mut().for_each(spell_large_numbers),
+        _ => {}
+    }
 }
 
 /// Writes JSON so that nothing in it can end the element that it stands in.

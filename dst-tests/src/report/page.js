@@ -26,7 +26,7 @@ function fill(node, attributes, children) {
 
 const number = (value) => value.toLocaleString("en");
 const plural = (count, word) => `${number(count)} ${word}${count === 1 ? "" : "s"}`;
-// Seeds are 64-bit numbers; past 2^53 the digits that a number of JavaScript has are not all of them.
+// A number past 2^53, as seeds and ids of VMs are, comes as a text.
 const hex = (seed) => `0x${BigInt(seed).toString(16)}`;
 const sum = (values) => values.reduce((all, value) => all + value, 0);
 
@@ -218,7 +218,7 @@ class Timeline {
     const lanes = new Map([["host", { name: "host", title: "what is not about one VM" }]]);
     for (const { vm } of this.events) {
       if (vm !== null && !lanes.has(String(vm))) {
-        lanes.set(String(vm), { name: `VM ${lanes.size}`, title: `VM ${lanes.size}` });
+        lanes.set(String(vm), { name: `VM ${lanes.size}`, title: `vm-${BigInt(vm).toString(16).padStart(16, "0")}` });
       }
     }
     return lanes;

@@ -145,3 +145,71 @@ impl FaultControl for RecordedFaults {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+    use vm_core::env::TokioEnv;
+    use vm_trait::{Operation, VmState};
+
+    /// Lets the first order happen at once, and the others never.
+    #[derive(Debug, Default)]
+    struct FirstAtOnce(Mutex<Vec<FaultOrder>>);
+
+    impl FaultControl for FirstAtOnce {
+        fn can(&self, _: FaultKind) -> bool {
+            true
+        }
+
+        fn order(&self, order: FaultOrder) -> Result<(), FaultRefused> {
+            lock(&self.0).push(order);
+            Ok(())
+        }
+
+        fn fired(&self) -> BTreeMap<FaultKind, u64> {
+            lock(&self.0).iter().take(1).map(|order| (order.kind, 1)).collect()
+        }
+
+        fn pending(&self) -> Vec<FaultOrder> {
+            lock(&self.0).iter().skip(1).cloned().collect()
+        }
+    }
+
+    #[tokio::test]
+    async fn what_the_core_reports_and_faults_are_written_down() {
+        let env: Arc<dyn Env> = Arc::new(TokioEnv::real(|_| {}));
+        let records = Records::new(Detail::Record);
+        let observer = records.observer(&env);
+        let faults = records.faults(Arc::new(FirstAtOnce::default()));
+        let (operation, vm) = (Operation::Start, VmId(7));
+        observer.record(vm, &Occurrence::Begun { operation, call: 1, detail: "" });
+        faults.order(FaultOrder::next(FaultKind::VmmKilled).on(vm)).unwrap();
+        faults.order(FaultOrder::next(FaultKind::BootHang)).unwrap();
+        let (from, to) = (&VmState::Starting, &VmState::Running);
+        observer.record(vm, &Occurrence::State { from, to });
+        observer.record(vm, &Occurrence::Took { stage: "boot", duration: Duration::ZERO });
+        let lines = records.take();
+        let seen: Vec<_> = lines.iter().map(|line| (line.vm, line.text.as_str())).collect();
+        let wanted = [
+            (Some(vm), "start #1"),
+            (Some(vm), "ordered: vmm_killed"),
+            (Some(vm), "FAULT vmm_killed"),
+            (None, "ordered: boot_hang"),
+            (Some(vm), "starting -> running"),
+            (Some(vm), "boot took 0ns"),
+        ];
+        assert_eq!(seen, wanted);
+        assert_eq!(lines[2].mark, Mark::Fault { fault: FaultKind::VmmKilled });
+    }
+
+    #[tokio::test]
+    async fn nothing_is_kept_where_nothing_was_asked_for() {
+        let env: Arc<dyn Env> = Arc::new(TokioEnv::real(|_| {}));
+        let records = Records::new(Detail::Fingerprint);
+        records.observer(&env).record(VmId(1), &Occurrence::LinkDown);
+        let faults = records.faults(Arc::new(FirstAtOnce::default()));
+        faults.order(FaultOrder::next(FaultKind::BootHang)).unwrap();
+        assert!(records.take().is_empty());
+    }
+}

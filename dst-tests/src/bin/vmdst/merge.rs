@@ -1,7 +1,7 @@
 //! `vmdst merge`.
 
 use crate::{
-    Problem,
+    FAILED, Problem,
     outputs::Outputs,
     print,
     run::{exit_code, print_summary},
@@ -23,7 +23,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8, Problem> {
         merge::read(&arguments.reports).map_err(|error| Problem::usage(error.to_string()))?;
     let summaries = merge::merge(parts).map_err(|error| Problem::usage(error.to_string()))?;
     arguments.outputs.write(&summaries)?;
-    let mut code = 0;
+    // A backend that could not run anywhere is shown beside the others; alone it proves nothing.
+    let nothing_ran = summaries.iter().all(|summary| summary.clauses == 0);
+    let mut code = if nothing_ran { FAILED } else { 0 };
     for summary in &summaries {
         print(&format!("{}: environment: {}\n", summary.backend, summary.environment))?;
         print_summary(summary)?;
