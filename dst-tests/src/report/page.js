@@ -33,8 +33,8 @@ const sum = (values) => values.reduce((all, value) => all + value, 0);
 function duration(seconds) {
   if (seconds >= 7200) return `${(seconds / 3600).toFixed(1)} h`;
   if (seconds >= 120) return `${(seconds / 60).toFixed(1)} min`;
-  if (seconds >= 1) return `${seconds.toFixed(2)} s`;
-  if (seconds >= 1e-3) return `${(seconds * 1e3).toFixed(2)} ms`;
+  if (seconds >= 1) return `${Number(seconds.toFixed(3))} s`;
+  if (seconds >= 1e-3) return `${Number((seconds * 1e3).toFixed(3))} ms`;
   return `${(seconds * 1e6).toFixed(0)} µs`;
 }
 
@@ -63,7 +63,7 @@ function summary() {
     ["failed", (it) => number(it.failed)],
     ["ignored", (it) => plural(it.ignored, "clause")],
     ["run twice", (it) => (it.twice ? `yes; ${number(it.differing)} differ in their fingerprints` : "no")],
-    ["time taken", (it) => duration(it.seconds)],
+    ["time taken", (it) => (it.runs === 0 ? "–" : duration(it.seconds))],
   ];
   const table = element("table", { class: "facts" },
     element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "backend"),
@@ -210,7 +210,8 @@ class Timeline {
         "Click a mark or a line; with the keyboard: ← → step, Page ↑ ↓ ten at a time, Home, End, E next failure or fault, F frames, + − zoom."),
       this.list);
     this.draw();
-    this.select(this.visible.at(-1)?.index ?? 0, false);
+    // Once it stands in the document, the last line can be scrolled to.
+    requestAnimationFrame(() => this.select(this.visible.at(-1)?.index ?? 0));
   }
 
   /** The host's lane and one for each VM, in the order in which they appear. */
@@ -289,17 +290,15 @@ class Timeline {
     this.x = new Map();
     let x = 16;
     let last = null;
-    this.gaps = [];
     for (const event of this.events) {
       const gap = last === null ? 0 : Math.max(0, event.time - last);
       const step = gap === 0 ? 3 : 6 + 7 * Math.log10(1 + gap * 1e5);
       const wide = this.shown.has(event.layer) ? step : gap === 0 ? 0 : step / 2;
-      if (gap >= 1e-3) this.gaps.push({ from: x, to: x + wide * this.scale, gap });
       x += wide * this.scale;
       this.x.set(event.index, x);
       last = event.time;
     }
-    this.width = x + 24;
+    this.width = x + 60;
   }
 
   /** Pairs calls with returns; calls that overlap get rows below each other. */
@@ -343,7 +342,8 @@ class Timeline {
     }
     this.drawAxis(svg, y);
     const end = this.x.get(this.events.length - 1) + 8;
-    svg.append(drawing("line", { x1: end, x2: end, y1: 18, y2: y, class: "end" }, drawing("title", {}, this.broken)));
+    svg.append(drawing("line", { x1: end, x2: end, y1: 18, y2: y, class: "end" }, drawing("title", {}, this.broken)),
+      drawing("text", { x: end + 4, y: 26, class: "broken-here" }, "broken"));
     for (const [name, value] of Object.entries({ y1: 18, y2: y })) this.cursor.setAttribute(name, value);
     svg.append(this.cursor);
     svg.setAttribute("height", y + 6);
@@ -357,7 +357,7 @@ class Timeline {
     for (const event of this.events) {
       const x = this.x.get(event.index);
       if (x < free) continue;
-      free = x + 90;
+      free = x + 80;
       svg.append(drawing("line", { x1: x, x2: x, y1: 16, y2: bottom, class: "tick" }),
         drawing("text", { x: x + 3, y: 12, class: "time" }, duration(event.time)));
     }
@@ -506,26 +506,59 @@ function matrix() {
   const only = element("select", { "aria-label": "Which clauses", onchange: show },
     [["all", "all clauses"], ["failed", "only failed"], ["ignored", "only ignored"]]
       .map(([value, text]) => element("option", { value }, text)));
+  const broke = (rows) => rows.some((row) => row.cells.some((cell) => cell?.failed > 0));
+  const opened = new Set([...groups].filter(([, clauses]) => broke([...clauses.values()])).map(([name]) => name));
+  const turn = (name) => {
+    if (!opened.delete(name)) opened.add(name);
+    show();
+    body.querySelector(`[data-group="${name}"]`)?.focus();
+  };
+  const all = (open) => element("button", { type: "button", onclick: () => {
+    opened.clear();
+    if (open) [...groups.keys()].forEach((name) => opened.add(name));
+    show();
+  } }, open ? "open all" : "close all");
   function show() {
-    const chosen = (id, row) => (id.includes(filter.value.trim()) || row.promise.includes(filter.value.trim()))
+    const needle = filter.value.trim();
+    const searched = needle !== "" || only.value !== "all";
+    const chosen = ([id, row]) => (id.includes(needle) || row.promise.includes(needle))
       && (only.value === "all" || row.cells.some((cell) => cell && (only.value === "failed" ? cell.failed > 0 : cell.ignored !== null)));
     const rows = [];
     for (const [name, clauses] of groups) {
-      const kept = [...clauses].filter(([id, row]) => chosen(id, row));
+      const kept = [...clauses].filter(chosen);
       if (kept.length === 0) continue;
-      rows.push(element("tr", { class: "group" }, element("th", { scope: "rowgroup", colspan: sessions.length + 1 },
-        `${name} `, element("span", { class: "dim" }, plural(kept.length, "clause")))));
-      rows.push(...kept.map(([id, row]) => element("tr", {},
-        element("th", { scope: "row" }, element("span", { class: "id" }, id.slice(id.indexOf(".") + 1)), element("span", { class: "promise" }, row.promise)),
+      const open = searched || opened.has(name);
+      rows.push(element("tr", { class: "group" }, element("th", { scope: "row" },
+        element("button", { type: "button", "data-group": name, "aria-expanded": String(open), onclick: () => turn(name) },
+          `${open ? "▾" : "▸"} ${name}`), element("span", { class: "dim" }, plural(kept.length, "clause"))),
+        sessions.map((_, at) => total(kept.map(([, row]) => row.cells[at])))));
+      if (!open) continue;
+      rows.push(...kept.map(([id, row]) => element("tr", {}, element("th", { scope: "row" }, element("div", { class: "clause" },
+        element("span", { class: "id" }, id.slice(id.indexOf(".") + 1)), element("span", { class: "promise" }, row.promise))),
         row.cells.map(cell))));
     }
     if (rows.length === 0) rows.push(element("tr", {}, element("td", { colspan: sessions.length + 1 }, "No such clause.")));
     body.replaceChildren(...rows);
   }
   show();
-  place.append(element("div", { class: "controls" }, filter, only), element("div", { class: "wide" },
-    element("table", { class: "matrix" }, element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "clause and promise"),
-      sessions.map((session) => element("th", { scope: "col" }, session.backend)))), body)));
+  place.append(element("div", { class: "controls" }, filter, only, element("span", {}, all(true), all(false))),
+    element("div", { class: "wide" }, element("table", { class: "matrix" },
+      element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "clause and promise"),
+        sessions.map((session) => element("th", { scope: "col" }, session.backend)))), body)));
+}
+
+/** What a group came to on a backend. */
+function total(cells) {
+  const count = (wanted) => cells.filter((cell) => cell !== null && wanted(cell)).length;
+  const failed = count((cell) => cell.failed > 0);
+  const ignored = count((cell) => cell.ignored !== null);
+  const kept = count((cell) => cell.failed === 0 && cell.runs > 0);
+  const parts = [
+    failed > 0 ? element("span", { class: "bad" }, `✗ ${number(failed)} broken `) : null,
+    kept > 0 ? element("span", { class: "good" }, `✓ ${number(kept)} kept `) : null,
+    ignored > 0 ? element("span", { class: "dim" }, `– ${number(ignored)} ignored`) : null,
+  ];
+  return element("td", {}, parts.every((part) => part === null) ? "–" : parts);
 }
 
 function cell(clause) {
@@ -570,7 +603,7 @@ function heatMap(session, kinds) {
         const [happened, asked] = [fired[kind] ?? 0, ordered[kind] ?? 0];
         const title = `${kind} in ${name}: happened ${number(happened)} times, ordered ${number(asked)} times`;
         const node = element("td", { class: happened > 0 ? "heat" : asked > 0 ? "unfired" : "none", title },
-          happened === 0 && asked === 0 ? "" : number(happened), asked > 0 ? element("small", {}, ` of ${number(asked)}`) : null);
+          happened === 0 && asked === 0 ? "" : number(happened), asked > 0 ? element("small", {}, ` / ${number(asked)}`) : null);
         node.style.setProperty("--heat", happened === 0 ? 0 : (0.15 + 0.85 * Math.log(1 + happened) / Math.log(1 + most)).toFixed(3));
         return node;
       }));
@@ -578,8 +611,8 @@ function heatMap(session, kinds) {
   return element("div", {},
     element("ul", { class: "legend" },
       element("li", {}, element("b", {}, "12"), " happened 12 times, never on order"),
-      element("li", {}, element("b", {}, "12 of 8"), " happened 12 times, ordered 8 times"),
-      element("li", { class: "unfired" }, element("b", {}, "0 of 8"), " ordered and never happened")),
+      element("li", {}, element("b", {}, "12 / 8"), " happened 12 times, ordered 8 times"),
+      element("li", { class: "unfired" }, element("b", {}, "0 / 8"), " ordered and never happened")),
     element("div", { class: "wide", tabindex: 0, role: "region", "aria-label": `Faults on ${session.backend}` }, element("table", { class: "heat-map" },
       element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "fault"), element("th", { scope: "col" }, "in all"),
         [...groups.keys()].map((name) => element("th", { scope: "col", class: "slanted" }, element("span", {}, name))))),
