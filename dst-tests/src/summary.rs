@@ -13,7 +13,7 @@ use vm_core::fault::FaultKind;
 
 mod saved;
 
-pub use saved::Fingerprints;
+pub use saved::{ContractText, Fingerprints};
 
 /// How many failures are kept whole; all are counted.
 pub(crate) const KEPT_FAILURES: usize = 1000;
@@ -68,13 +68,13 @@ pub struct Summary {
 pub struct ClauseSummary {
     /// Its id.
     #[serde(deserialize_with = "saved::registered")]
-    pub id: &'static str,
+    pub id: ContractText,
     /// Its group.
     #[serde(deserialize_with = "saved::registered")]
-    pub group: &'static str,
+    pub group: ContractText,
     /// The promise.
     #[serde(deserialize_with = "saved::registered")]
-    pub promise: &'static str,
+    pub promise: ContractText,
     /// How many runs ended.
     pub runs: u64,
     /// How many of them broke the promise.
@@ -99,10 +99,10 @@ pub struct ClauseSummary {
 pub struct Failure {
     /// The clause's id.
     #[serde(deserialize_with = "saved::registered")]
-    pub clause: &'static str,
+    pub clause: ContractText,
     /// The promise.
     #[serde(deserialize_with = "saved::registered")]
-    pub promise: &'static str,
+    pub promise: ContractText,
     /// The seed.
     pub seed: u64,
     /// What was seen.

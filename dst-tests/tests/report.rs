@@ -20,11 +20,12 @@ use vm_dst::{
     runner::Session,
     seeds::{SeedSource, Seeds},
     shard::Shard,
-    summary::{ClauseSummary, Summary},
+    summary::Summary,
     target::{Detail, KvmTarget, RunReport, SimTarget, Target, TokioTarget},
 };
 use vm_trait::{
-    Capabilities, Capability, ExecRequest, ForkOptions, RestoreOptions, SnapshotOptions, VmInstanceExt,
+    Capabilities, Capability, ExecRequest, ForkOptions, RestoreOptions, SnapshotOptions,
+    VmInstanceExt,
 };
 
 mod lying;
@@ -40,8 +41,7 @@ async fn breaks_after_much(ctx: &Context) -> Verdict {
     ctx.fault(FaultOrder::next(FaultKind::LinkDisconnect).on(vm.id()))?;
     let _ = vm.run("cat", ["/tmp/greeting"]).await;
     let slow = vm.exec(ExecRequest::new("sleep").args(["10"]).timeout(Duration::from_secs(1)));
-    let (slow, quick) = futures_util::join!(slow, vm.run("cat", ["/there/is/none"]));
-    ensure!(slow.is_err() || quick.is_ok(), "either");
+    let _ = futures_util::join!(slow, vm.read_to_string("/there/is/none"));
     vm.pause().await?;
     let snapshot = vm.snapshot(SnapshotOptions::default()).await?;
     vm.resume().await?;
@@ -86,9 +86,10 @@ fn liar() -> Arc<dyn Target> {
 fn failing() -> Vec<Summary> {
     let lies = Plan::of(&*liar(), &[]);
     let mut absent = Session::new(
-        Arc::new(TokioTarget::new("absent", Capabilities::default(), || async {
-            lying::backend(None)
-        }).with_fit(|| Err(format!("no machine <i>here</i> {HOSTILE}")))),
+        Arc::new(
+            TokioTarget::new("absent", Capabilities::default(), || async { lying::backend(None) })
+                .with_fit(|| Err(format!("no machine <i>here</i> {HOSTILE}"))),
+        ),
         Plan::default(),
         Seeds::one(0, SeedSource::Option),
     );
@@ -97,7 +98,9 @@ fn failing() -> Vec<Summary> {
     lying.plan.ignored = lies.ignored;
     let all = vm_dst::clauses::all().filter(|clause| clause.id.starts_with("chaos"));
     let clauses: Vec<_> = [&BREAKS, &KEPT].into_iter().chain(all).collect();
-    [session(simulator(), &clauses, 4), lying, absent].map(|session| session.run(&mut |_| {})).into()
+    [session(simulator(), &clauses, 4), lying, absent]
+        .map(|session| session.run(&mut |_| {}))
+        .into()
 }
 
 fn file(name: &str) -> PathBuf {
@@ -226,10 +229,10 @@ fn four_shards_are_the_whole() {
     assert_eq!(fingerprints(merged), fingerprints(&whole));
     // All but the times taken.
     let timeless = |summary: &Summary| {
-        let per_clause = summary.per_clause.iter();
-        let per_clause = per_clause.map(|it| ClauseSummary { seconds: 0.0, ..it.clone() });
-        let per_clause = per_clause.collect();
-        serde_json::to_value(Summary { seconds: 0.0, per_clause, ..summary.clone() }).unwrap()
+        let mut summary = summary.clone();
+        summary.seconds = 0.0;
+        summary.per_clause.iter_mut().for_each(|clause| clause.seconds = 0.0);
+        serde_json::to_value(summary).unwrap()
     };
     assert_eq!(timeless(merged), timeless(&whole));
     assert!(merged.faults_fired.values().any(|times| *times > 0));
@@ -240,7 +243,8 @@ fn failures_and_their_records_survive_the_merge() {
     let broken = |index| {
         let mut part = shard(index, 2, 2);
         let clause = part.summary.per_clause[0].clone();
-        let record = session(simulator(), &[&BREAKS], 1).run(&mut |_| {}).failures[0].record.clone();
+        let record =
+            session(simulator(), &[&BREAKS], 1).run(&mut |_| {}).failures[0].record.clone();
         part.summary.failed = 1;
         part.summary.failures.push(vm_dst::summary::Failure {
             clause: clause.id,
@@ -336,4 +340,3 @@ fn a_backend_that_is_absent_is_shown_with_the_reason() {
     let skipped = document.descendants().find(|node| node.has_tag_name("skipped")).unwrap();
     assert!(skipped.attribute("message").unwrap().contains(why.lines().next().unwrap()));
 }
-

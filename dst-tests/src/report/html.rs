@@ -1,7 +1,6 @@
 //! What sessions came to, as one page that needs nothing else: summary, matrix, faults and timelines of failures.
 
 use crate::summary::Summary;
-use serde_json::Value;
 use twox_hash::XxHash3_128;
 
 /// The page without its parts, in the order in which they stand in it.
@@ -21,9 +20,7 @@ const LARGEST_EXACT: u64 = (1 << 53) - 1;
 /// # Errors
 /// Those of the writer of its data.
 pub fn page(summaries: &[Summary]) -> Result<String, serde_json::Error> {
-    let mut data = serde_json::to_value(summaries)?;
-    spell_large_numbers(&mut data);
-    let data = embeddable(&data.to_string());
+    let data = embeddable(&with_large_numbers_spelled(&serde_json::to_string(summaries)?));
     // Nothing within the data can name a hash of the data.
     let nonce = format!("{:032x}", XxHash3_128::oneshot(data.as_bytes()));
     let mut page = String::with_capacity(PAGE.len() + STYLE.len() + SCRIPT.len() + data.len());
@@ -39,17 +36,37 @@ pub fn page(summaries: &[Summary]) -> Result<String, serde_json::Error> {
 }
 
 /// Turns numbers that JavaScript's cannot hold, as seeds and ids of VMs are, into texts.
-fn spell_large_numbers(value: &mut Value) {
-    match value {
-        Value::Number(number) => {
-            if let Some(large) = number.as_u64().filter(|number| *number > LARGEST_EXACT) {
-                *value = Value::String(format!("{large:#x}"));
-            }
+fn with_large_numbers_spelled(json: &str) -> String {
+    let mut spelled = String::with_capacity(json.len());
+    let mut rest = json;
+    while let Some(at) = rest.find(|next: char| next == '"' || next.is_ascii_digit()) {
+        let (before, from) = rest.split_at(at);
+        let (token, after) = from.split_at(if from.starts_with('"') {
+            length_of_string(from)
+        } else {
+            let end =
+                from.find(|next: char| !matches!(next, '0'..='9' | '.' | 'e' | 'E' | '+' | '-'));
+            end.unwrap_or(from.len())
+        });
+        spelled += before;
+        match token.parse::<u64>() {
+            Ok(number) if number > LARGEST_EXACT => spelled += &format!("\"{number:#x}\""),
+            _ => spelled += token,
         }
-        Value::Array(values) => values.iter_mut().for_each(spell_large_numbers),
-        Value::Object(entries) => entries.values_mut().for_each(spell_large_numbers),
-        _ => {}
+        rest = after;
     }
+    spelled + rest
+}
+
+/// Gives how far the string reaches that `json` begins with.
+fn length_of_string(json: &str) -> usize {
+    let mut escaped = false;
+    let end = json.bytes().skip(1).position(|byte| {
+        let ends = byte == b'"' && !escaped;
+        escaped = byte == b'\\' && !escaped;
+        ends
+    });
+    end.map_or(json.len(), |end| end + 2)
 }
 
 /// Writes JSON so that nothing in it can end the element that it stands in.
@@ -69,6 +86,16 @@ mod tests {
             let json = embeddable(&serde_json::to_string(&text).unwrap());
             prop_assert!(!json.contains(['<', '>', '&']));
             prop_assert_eq!(serde_json::from_str::<String>(&json).unwrap(), text);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn only_large_numbers_are_spelled(small in 0..=LARGEST_EXACT, large in LARGEST_EXACT + 1.., part: f64, text: String) {
+            let wanted = serde_json::json!([small, [format!("{large:#x}"), part], { &text: text }, large.to_string()]);
+            let given = serde_json::json!([small, [large, part], { &text: text }, large.to_string()]);
+            let spelled = with_large_numbers_spelled(&given.to_string());
+            prop_assert_eq!(spelled, wanted.to_string());
         }
     }
 

@@ -66,7 +66,7 @@ fn failed(summary: &Summary, clause: &ClauseSummary) -> TestCaseStatus {
     let failures: Vec<_> =
         summary.failures.iter().filter(|failure| failure.clause == *id).collect();
     let mut status = TestCaseStatus::non_success(NonSuccessKind::Failure);
-    let first = failures.first().map_or("what was broken was not kept", |one| &one.broken);
+    let first = failures.first().map_or("what was broken was not kept", |one| one.broken.as_str());
     status.set_type("broken promise");
     status.set_message(format!("{failed} of {runs} runs: {first}"));
     let shown = failures.iter().take(SHOWN_FAILURES).map(|failure| failure_text(failure));

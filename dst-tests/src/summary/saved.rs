@@ -4,6 +4,9 @@ use crate::{clauses, honesty};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 use twox_hash::XxHash3_128;
 
+/// An id, group or promise of the contract. What is read has to be in the contract of this build.
+pub type ContractText = &'static str;
+
 /// The fingerprints of many runs, taken together in a way that does not depend on their order: the sum of the hashes of
 /// each seed with its fingerprint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,7 +44,7 @@ impl<'de> Deserialize<'de> for Fingerprints {
 /// Reads an id, group or promise of the contract, and refuses a text that this build's contract does not have.
 pub(super) fn registered<'de, D: Deserializer<'de>>(
     deserializer: D,
-) -> Result<&'static str, D::Error> {
+) -> Result<ContractText, D::Error> {
     let text = String::deserialize(deserializer)?;
     let honest = honesty::CLAUSES.iter().map(|(_, clause)| clause);
     let texts =
