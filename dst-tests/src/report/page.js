@@ -574,7 +574,7 @@ function cell(clause) {
 function faults() {
   const place = document.getElementById("faults");
   place.append(element("p", {}, "How often each fault happened while the clauses of a group ran, and how often their checks ordered it. ",
-    "The darker, the more often. Faults happen without an order too: half of the simulator's seeds have some that no promise may be affected by."));
+    "The stronger the colour, the more often. Faults happen without an order too: half of the simulator's seeds have some that no promise may be affected by."));
   for (const session of sessions) {
     const kinds = Object.keys(session.faults_fired);
     place.append(element("h3", {}, session.backend));
