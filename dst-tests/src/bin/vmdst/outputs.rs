@@ -1,7 +1,11 @@
 //! The files that a report is written to.
 
 use crate::{Problem, write_json};
-use std::{fmt::Display, fs, path::PathBuf};
+use std::{
+    fmt::Display,
+    fs,
+    path::{Path, PathBuf},
+};
 use vm_dst::{
     report::{html, junit},
     summary::Summary,
@@ -44,7 +48,7 @@ impl Outputs {
     }
 }
 
-fn write(path: &PathBuf, text: Result<String, impl Display>) -> Result<(), Problem> {
+fn write(path: &Path, text: Result<String, impl Display>) -> Result<(), Problem> {
     let fail = |error: &dyn Display| Problem::failed(format!("{}: {error}", path.display()));
     let text = text.map_err(|error| fail(&error))?;
     fs::write(path, text).map_err(|error| fail(&error))
