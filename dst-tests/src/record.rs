@@ -70,7 +70,10 @@ pub fn run_patiently(
 ) -> Option<RunReport> {
     let (send, receive) = mpsc::channel();
     let (runs_on, patience) = (target.clone(), target.patience());
-    thread::spawn(move || send.send(runs_on.run(clause, seed, detail)));
+    thread::spawn(move || {
+        // Nobody listens any more to a run that took too long.
+        let _ = send.send(runs_on.run(clause, seed, detail));
+    });
     receive.recv_timeout(patience).ok()
 }
 
