@@ -3,7 +3,7 @@
 use super::{
     Detail, RunReport, Target,
     real::{FaultyHypervisor, FillingFs, RealFaults, RunDir},
-    recorder::Recorder,
+    recorder::Records,
     tokio::{real_env, real_time_runtime, run_setup},
 };
 use crate::{
@@ -191,19 +191,19 @@ impl KvmTarget {
         report
     }
 
-    fn run_alone(
-        &self,
-        run: (&'static Clause, u64),
-        timeline: Option<Arc<Mutex<Vec<String>>>>,
-    ) -> RunReport {
+    fn run_alone(&self, run: (&'static Clause, u64), detail: Detail) -> RunReport {
         let host = match self.host() {
             Ok(host) => host,
             Err(why) => return RunReport { broken: Some(why), ..RunReport::default() },
         };
         let sink = PanicSink::default();
         let guard = sink.join();
-        let report = run_setup(run, LIMITS, &sink, |env| async { host.open(env, run.0, timeline) });
+        let records = Records::new(detail);
+        let opened = records.clone();
+        let mut report =
+            run_setup(run, LIMITS, &sink, |env| async move { host.open(env, run.0, &opened) });
         drop(guard);
+        report.timeline = records.take();
         report
     }
 }
@@ -246,14 +246,12 @@ impl Target for KvmTarget {
     }
 
     fn run(&self, clause: &'static Clause, seed: u64, detail: Detail) -> RunReport {
-        if (clause.shares_machine() || forks(clause)) && detail == Detail::Fingerprint {
+        // A record is made of machines that no other run has.
+        let beside_others = matches!(detail, Detail::Fingerprint | Detail::Record);
+        if (clause.shares_machine() || forks(clause)) && beside_others {
             return self.run_beside_others((clause, seed));
         }
-        let lines: Arc<Mutex<Vec<String>>> = Arc::default();
-        let timeline = (detail == Detail::Timeline).then(|| lines.clone());
-        let mut report = self.run_alone((clause, seed), timeline);
-        report.timeline = std::mem::take(&mut lines.lock().unwrap_or_else(PoisonError::into_inner));
-        report
+        self.run_alone((clause, seed), detail)
     }
 }
 
@@ -292,27 +290,18 @@ impl Host {
         Backend { core, faults, made: Arc::default() }
     }
 
-    fn open(
-        &self,
-        env: Arc<dyn Env>,
-        clause: &Clause,
-        timeline: Option<Arc<Mutex<Vec<String>>>>,
-    ) -> Result<Setup, String> {
+    fn open(&self, env: Arc<dyn Env>, clause: &Clause, records: &Records) -> Result<Setup, String> {
         let dir = match clause.needs_faults.contains(&FaultKind::HostDiskFull) {
             true => Arc::new(RunDir::that_can_be_full()?),
             false => Arc::new(RunDir::new()?),
         };
-        let observer: Arc<dyn Observer> = match timeline {
-            Some(lines) => Arc::new(Recorder::new(env.clone(), lines)),
-            None => Arc::new(NoObserver),
-        };
-        let backend = self.backend(env.clone(), observer, &dir);
+        let backend = self.backend(env.clone(), records.observer(&env), &dir);
         let (faults, launchers) = (backend.faults.clone(), backend.launchers(&self.hypervisor));
         let host_dir = dir.path().to_owned();
         Ok(Setup {
             backend: Arc::new(backend),
             env,
-            faults: Some(Arc::new(faults)),
+            faults: Some(records.faults(Arc::new(faults))),
             scratch: Arc::new(|_| "/tmp".to_owned()),
             host_dir,
             host_fs: Arc::new(StdFs),

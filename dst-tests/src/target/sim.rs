@@ -6,7 +6,7 @@ use crate::{
     context::Setup,
     environment::Environment,
     panics::PanicSink,
-    session::{Limits, judge, keep},
+    session::{Kept, Limits, judge, keep},
 };
 use std::{path::PathBuf, sync::Arc, time::Duration};
 use vm_core::{fault::FaultKind, host_fs::HostFs};
@@ -104,8 +104,10 @@ async fn simulate(
         _ => FaultPlan::benign_swarm(seed),
     };
     let timeline = match detail {
-        Detail::Fingerprint => Timeline::Off,
+        // The same seed does the same again: what is wanted can be written down then.
+        Detail::Fingerprint | Detail::Record => Timeline::Off,
         Detail::Timeline => Timeline::Events,
+        Detail::Frames => Timeline::Frames,
     };
     let backend = SimBackend::builder()
         .seed(seed)
@@ -129,12 +131,14 @@ async fn simulate(
         backend: Arc::new(backend.clone()),
     };
     let sleep = |duration| environment.sleep(duration);
-    let broken = keep(setup, (clause, seed), Limits::SIMULATED, sleep).await;
+    let Kept { broken, faults_ordered } =
+        keep(setup, (clause, seed), Limits::SIMULATED, sleep).await;
     let report = RunReport {
-        broken: None,
+        faults_ordered,
         faults_fired: backend.fault_control().fired(),
         fingerprint: Some(backend.fingerprint()),
-        timeline: backend.timeline().iter().map(ToString::to_string).collect(),
+        timeline: backend.timeline(),
+        ..RunReport::default()
     };
     Ok((broken, report))
 }

@@ -17,6 +17,8 @@ use vm_dst::{
 mod bench;
 mod doctor;
 mod interrupt;
+mod merge;
+mod outputs;
 mod replay;
 mod run;
 mod soak;
@@ -43,6 +45,8 @@ struct Cli {
 enum Command {
     /// Runs clauses under many seeds
     Run(run::Arguments),
+    /// Puts the reports of several machines or backends together
+    Merge(merge::Arguments),
     /// Runs one clause with one seed and prints everything that happens
     Replay(replay::Arguments),
     /// Lists the clauses
@@ -150,6 +154,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Run(arguments) => run::run(&arguments),
+        Command::Merge(arguments) => merge::run(&arguments),
         Command::Replay(arguments) => replay::run(&arguments),
         Command::Clauses { markdown } => {
             let text = if markdown { contract_doc::markdown() } else { contract_doc::plain() };
