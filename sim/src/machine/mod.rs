@@ -31,6 +31,7 @@ use vm_core::{
 };
 use vm_guest_protocol::AGENT_PORT;
 use vm_trait::{Capabilities, HostLimits, Inspection, MemoryRegion, Mib, VcpuInspection};
+use vm_planted_bugs::{Bug, planted};
 
 /// The version of a machine's state.
 const VERSION: u32 = 3;
@@ -435,6 +436,7 @@ impl SimMachine {
         let child = Shared::create(world, spec.clone())?;
         let machine = SimMachine(child);
         let mut state = machine.0.lock();
+        state.disks_attached = planted(Bug::ChildSharesDisk);
         machine.0.install(&mut state, guest, false);
         drop(state);
         Ok(Arc::new(machine))

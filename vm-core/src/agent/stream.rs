@@ -6,6 +6,7 @@ use vm_guest_protocol::{
     Channel, DEFAULT_WINDOW, Frame, GuestError, MAX_DATA, ProcessExit, Reply, Request, Started,
 };
 use vm_trait::VmErrorKind;
+use vm_planted_bugs::{Bug, planted};
 
 /// How many bytes of a channel the host holds for a reader.
 pub(super) const WINDOW: u64 = DEFAULT_WINDOW as u64;
@@ -170,6 +171,8 @@ impl Incoming {
         }
         let known = self.received - offset;
         if known < length {
+            let repeated = planted(Bug::RepeatedOutputIsKept);
+            let known = if repeated { 0 } else { known };
             let skip = usize::try_from(known).map_err(|_| Breach("offset overflow"))?;
             self.held += length - known;
             self.received = end;
@@ -208,6 +211,11 @@ impl Incoming {
         if !anew && (self.eof.is_some() || limit - self.granted < WINDOW / 2) {
             return None;
         }
+        let limit = if planted(Bug::CreditLeaks) && !anew {
+            self.granted + (limit - self.granted) / 2
+        } else {
+            limit
+        };
         self.granted = limit;
         // What is held here and was not given on is lost with this handle; the agent must keep it for the next one.
         let consumed = self.position();
@@ -285,8 +293,10 @@ impl Outgoing {
     /// Forgets what was sent and not consumed on a connection that is lost; the agent's next credit says from where to
     /// repeat.
     pub(super) fn rewind(&mut self) {
-        self.sent = self.base;
-        self.eof_sent = false;
+        if !planted(Bug::InputIsNotRepeated) {
+            self.sent = self.base;
+        }
+        self.eof_sent = planted(Bug::EofIsNotRepeated) && self.eof_sent;
     }
 
     fn credit(&mut self, consumed: u64, window: u32) -> Result<(), Breach> {

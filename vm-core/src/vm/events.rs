@@ -8,6 +8,7 @@ use std::{
     task::{Context, Poll, Waker},
 };
 use vm_trait::VmEvent;
+use vm_planted_bugs::{Bug, planted};
 
 /// How many events a reader may be behind.
 const MOST: usize = 1024;
@@ -40,7 +41,7 @@ impl Subscribers {
         self.each(|queue| {
             if queue.events.len() == MOST {
                 queue.events.pop_front();
-                queue.missed += 1;
+                queue.missed += u64::from(!planted(Bug::MissedEventsAreNotTold));
             }
             queue.events.push_back(event.clone());
         });

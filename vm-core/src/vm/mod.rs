@@ -28,6 +28,7 @@ use vm_trait::{
     SnapshotOptions, StopOptions, VmConfig, VmErrorKind, VmEvent, VmExit, VmId, VmInstance,
     VmMetrics, VmResult, VmState, WriteOptions,
 };
+use vm_planted_bugs::{Bug, planted};
 
 /// A handle to one machine. Dropping it ends the machine.
 pub(crate) struct CoreVm {
@@ -442,7 +443,9 @@ impl Undo<'_> {
 
 impl Drop for Undo<'_> {
     fn drop(&mut self) {
-        if let Some(token) = self.token {
+        if let Some(token) = self.token
+            && !planted(Bug::LateCancelIsMissed)
+        {
             let (reply, _) = oneshot::channel();
             self.core.enqueue(Command { work: Work::Undo(token), reply });
         }
