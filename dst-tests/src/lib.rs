@@ -31,6 +31,7 @@
 //! | [`contract`] | the contract as a test program |
 //! | [`contract_doc`] | the contract as a document |
 //! | [`seeds`], [`filter`] | choosing seeds and clauses |
+//! | [`mutants`] | whether the contract notices planted bugs |
 //! | [`bench`](mod@bench) | measuring the simulator |
 //! | [`panics`] | catching panics |
 #![forbid(unsafe_code)]
@@ -44,6 +45,7 @@ pub mod contract_doc;
 pub mod environment;
 pub mod filter;
 pub mod honesty;
+pub mod mutants;
 pub mod panics;
 pub mod plan;
 pub mod pool;

@@ -62,7 +62,9 @@ pub struct NotArmed;
 
 impl fmt::Display for NotArmed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("this build has no planted bugs; the feature `armed` of vm-planted-bugs adds them")
+        f.write_str(
+            "this build has no planted bugs; the feature `armed` of vm-planted-bugs adds them",
+        )
     }
 }
 

@@ -17,11 +17,11 @@ use std::{
         atomic::{AtomicUsize, Ordering},
     },
 };
+use vm_planted_bugs::{Bug, planted};
 use vm_trait::{
     Capabilities, Capability, HostLimits, Operation, RestoreOptions, Snapshot, SnapshotId,
     SnapshotMetadata, VmBackend, VmConfig, VmError, VmErrorKind, VmInstance, VmResult,
 };
-use vm_planted_bugs::{Bug, planted};
 
 /// What a backend is made of.
 #[derive(Clone, Debug)]
@@ -149,13 +149,12 @@ impl CoreBackend {
         let env = &self.parts.env;
         let (tag, id) = (env.random_u64(), SnapshotId(env.random_u64()));
         let fs = self.parts.fs.clone();
-        let merged =
-            container::merge(fs, &snapshot.path, path, tag, |metadata| {
-                if !planted(Bug::MergeKeepsId) {
-                    metadata.id = id;
-                }
-            })
-            .await?;
+        let merged = container::merge(fs, &snapshot.path, path, tag, |metadata| {
+            if !planted(Bug::MergeKeepsId) {
+                metadata.id = id;
+            }
+        })
+        .await?;
         Ok(merged.0.metadata)
     }
 

@@ -278,7 +278,9 @@ impl VmState {
             (Self::Created | Self::Stopped | Self::Crashed(_), I::BootBegun) => Self::Starting,
             (Self::Crashed(_), I::StopDone) if planted(Bug::StopForgetsCrash) => Self::Stopped,
             (Self::Created, I::StopDone) if planted(Bug::StopOfCreated) => Self::Stopped,
-            (Self::Starting, I::RestoredPaused) if planted(Bug::RestoredPausedRuns) => Self::Running,
+            (Self::Starting, I::RestoredPaused) if planted(Bug::RestoredPausedRuns) => {
+                Self::Running
+            }
             (Self::Starting, I::BootAbandoned) if planted(Bug::AbandonedBootCrashes) => {
                 Self::Crashed(CrashReason::BootFailed)
             }

@@ -16,8 +16,8 @@ use vm_guest_agent::{
     core::{AgentConfig, AgentCore, ConnId},
     os::GuestOs,
 };
-use vm_trait::CrashReason;
 use vm_planted_bugs::{Bug, planted};
+use vm_trait::CrashReason;
 
 /// How many steps the guest's processes make at one instant before time goes on.
 const STEPS: u32 = 10_000;

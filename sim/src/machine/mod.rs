@@ -30,8 +30,8 @@ use vm_core::{
     },
 };
 use vm_guest_protocol::AGENT_PORT;
-use vm_trait::{Capabilities, HostLimits, Inspection, MemoryRegion, Mib, VcpuInspection};
 use vm_planted_bugs::{Bug, planted};
+use vm_trait::{Capabilities, HostLimits, Inspection, MemoryRegion, Mib, VcpuInspection};
 
 /// The version of a machine's state.
 const VERSION: u32 = 3;

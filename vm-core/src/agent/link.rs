@@ -17,8 +17,8 @@ use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use vm_guest_protocol::{
     AGENT_PORT, Decoder, Frame, PROTOCOL_VERSION, Request, StreamId, Welcome, encode,
 };
-use vm_trait::VmErrorKind;
 use vm_planted_bugs::{Bug, planted};
+use vm_trait::VmErrorKind;
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(5);
 const LAST_BACKOFF: Duration = Duration::from_millis(100);

@@ -27,8 +27,8 @@ use std::{
 };
 use stream::{End, Stream};
 use vm_guest_protocol::{Frame, GuestError, Hello, Reply, Request, StreamId, encode};
-use vm_trait::{Timeouts, VmErrorKind, VmId};
 use vm_planted_bugs::{Bug, planted};
+use vm_trait::{Timeouts, VmErrorKind, VmId};
 
 /// A client of one machine's agent. Clones share it.
 #[derive(Clone, Debug)]

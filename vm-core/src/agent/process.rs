@@ -7,12 +7,12 @@ use std::time::Duration;
 use vm_guest_protocol::{
     Channel, ExecSpec, ProcessExit, Reply, Request, Started, TermSize, UserSpec,
 };
+use vm_planted_bugs::{Bug, planted};
 use vm_trait::{
     ExecFailure, ExecOutput, ExecRequest, ExecStatus, GuestProcessHandle, Operation, OutputChannel,
     OutputOffsets, ProcessId, ProcessInfo, Signal, Stdin, TtySize, User, VmConfig, VmError,
     VmErrorKind, VmId, VmResult,
 };
-use vm_planted_bugs::{Bug, planted};
 
 /// A timeout of this length is as good as none.
 const FOR_EVER: Duration = Duration::from_secs(365 * 24 * 3600);

@@ -5,8 +5,8 @@ use std::{collections::VecDeque, task::Waker};
 use vm_guest_protocol::{
     Channel, DEFAULT_WINDOW, Frame, GuestError, MAX_DATA, ProcessExit, Reply, Request, Started,
 };
-use vm_trait::VmErrorKind;
 use vm_planted_bugs::{Bug, planted};
+use vm_trait::VmErrorKind;
 
 /// How many bytes of a channel the host holds for a reader.
 pub(super) const WINDOW: u64 = DEFAULT_WINDOW as u64;

@@ -10,8 +10,8 @@ use crate::{
     machine::{MachineError, SectionSink, Sections},
 };
 use std::{collections::BTreeMap, io, path::Path, sync::Arc};
-use vm_trait::SnapshotMetadata;
 use vm_planted_bugs::{Bug, planted};
+use vm_trait::SnapshotMetadata;
 
 /// The most containers of a chain, the whole one at its end included.
 pub const MAX_CHAIN: usize = 32;
@@ -126,8 +126,7 @@ async fn copy(
             writer.begin_image(&entry.name, image.total()).await?;
             let mut content = image.read_through();
             while let Some((offset, bytes)) = content.next().await? {
-                if planted(Bug::MergeDropsLastPiece)
-                    && offset + bytes.len() as u64 == image.total()
+                if planted(Bug::MergeDropsLastPiece) && offset + bytes.len() as u64 == image.total()
                 {
                     continue;
                 }

@@ -16,8 +16,8 @@ use crate::{
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use std::{collections::BTreeSet, path::Path, sync::Arc};
-use vm_trait::{SnapshotMetadata, VmConfig};
 use vm_planted_bugs::{Bug, planted};
+use vm_trait::{SnapshotMetadata, VmConfig};
 
 /// Small pieces are gathered up to this length before they are written.
 const GATHER: usize = 64 << 10;

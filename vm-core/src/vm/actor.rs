@@ -23,11 +23,11 @@ use std::{
     time::Duration,
 };
 use tokio::sync::oneshot;
+use vm_planted_bugs::{Bug, planted};
 use vm_trait::{
     CrashReason, ForkOptions, Inspection, Operation, RestoreOptions, Snapshot, SnapshotOptions,
     StateInput, StopOptions, VmErrorKind, VmInstance, VmResult,
 };
-use vm_planted_bugs::{Bug, planted};
 
 /// What the actor is asked to do.
 pub(crate) enum Work {

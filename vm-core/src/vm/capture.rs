@@ -17,11 +17,11 @@ use std::{
 };
 use tokio::sync::oneshot;
 use vm_guest_protocol::PROTOCOL_VERSION;
+use vm_planted_bugs::{Bug, planted};
 use vm_trait::{
     ForkOptions, Inspection, Operation, RestoreOptions, Snapshot, SnapshotId, SnapshotMetadata,
     SnapshotOptions, VmConfig, VmError, VmErrorKind, VmEvent, VmInstance, VmResult, VmState,
 };
-use vm_planted_bugs::{Bug, planted};
 
 /// The most children of one fork.
 const MOST_CHILDREN: u32 = 1024;

@@ -20,11 +20,11 @@ use std::{
     task::{Context, Poll, Waker},
     time::Duration,
 };
+use vm_planted_bugs::{Bug, planted};
 use vm_trait::{
     BootTimes, Capability, Operation, StateInput, VmConfig, VmErrorKind, VmEvent, VmExit, VmId,
     VmState,
 };
-use vm_planted_bugs::{Bug, planted};
 
 /// What the handle and the actor of one machine share.
 pub(crate) struct Core {

@@ -7,8 +7,8 @@ use std::{
     sync::{Arc, Mutex, PoisonError, Weak},
     task::{Context, Poll, Waker},
 };
-use vm_trait::VmEvent;
 use vm_planted_bugs::{Bug, planted};
+use vm_trait::VmEvent;
 
 /// How many events a reader may be behind.
 const MOST: usize = 1024;

@@ -10,10 +10,10 @@ use futures_util::{
     future::{Either, select, try_join},
 };
 use std::{future::poll_fn, pin::pin, sync::Arc, task::Poll, time::Duration};
+use vm_planted_bugs::{Bug, planted};
 use vm_trait::{
     BootStage, BootTimes, Capability, CrashReason, StateInput, StopOptions, VmErrorKind,
 };
-use vm_planted_bugs::{Bug, planted};
 
 /// Where a new machine's state comes from.
 pub(super) enum Origin {
@@ -350,8 +350,8 @@ impl Actor {
     pub(super) async fn stop(&mut self, options: &StopOptions) -> Result<(), VmErrorKind> {
         let (client, life, graceful) = {
             let shared = self.core.lock();
-            let runs = shared.state == vm_trait::VmState::Running
-                && !planted(Bug::StopIgnoresGrace);
+            let runs =
+                shared.state == vm_trait::VmState::Running && !planted(Bug::StopIgnoresGrace);
             (shared.client.clone(), shared.life.clone(), runs && !options.grace.is_zero())
         };
         self.core.transition(&StateInput::StopBegun);

@@ -21,6 +21,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use std::{fmt, sync::Arc, time::Duration};
 use tokio::sync::oneshot;
+use vm_planted_bugs::{Bug, planted};
 use vm_trait::{
     Capabilities, Capability, CreateDirOptions, DirEntry, EventStream, ExecOutput, ExecRequest,
     FileStat, ForkOptions, GuestListener, GuestProcess, GuestStream, Inspection, Operation,
@@ -28,7 +29,6 @@ use vm_trait::{
     SnapshotOptions, StopOptions, VmConfig, VmErrorKind, VmEvent, VmExit, VmId, VmInstance,
     VmMetrics, VmResult, VmState, WriteOptions,
 };
-use vm_planted_bugs::{Bug, planted};
 
 /// A handle to one machine. Dropping it ends the machine.
 pub(crate) struct CoreVm {

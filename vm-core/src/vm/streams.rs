@@ -27,11 +27,11 @@ use std::{
 };
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use vm_guest_protocol::AGENT_PORT;
+use vm_planted_bugs::{Bug, planted};
 use vm_trait::{
     Capability, GuestListener, GuestListenerHandle, GuestStream, Operation, VmError, VmErrorKind,
     VmId, VmResult,
 };
-use vm_planted_bugs::{Bug, planted};
 
 /// What the streams of one life of a machine hang on: it tells them that the machine is going, and that it is gone.
 #[derive(Debug, Default)]

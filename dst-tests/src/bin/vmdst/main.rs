@@ -17,6 +17,7 @@ use vm_dst::{
 mod bench;
 mod doctor;
 mod interrupt;
+mod mutants;
 mod replay;
 mod run;
 mod soak;
@@ -55,6 +56,8 @@ enum Command {
     Doctor,
     /// Measures the simulator
     Bench(bench::Arguments),
+    /// Runs the contract against each planted bug and says which clause notices it
+    Mutants(mutants::Arguments),
     /// Restores, forks or boots machines many times in a row, and says how often it went well
     Soak(soak::Arguments),
 }
@@ -157,6 +160,7 @@ fn main() -> ExitCode {
         }
         Command::Doctor => doctor::run(),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Mutants(arguments) => mutants::run(&arguments),
         Command::Soak(arguments) => soak::run(&arguments),
     };
     match result {
