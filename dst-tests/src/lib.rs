@@ -31,6 +31,7 @@
 //! | [`contract`] | the contract as a test program |
 //! | [`contract_doc`] | the contract as a document |
 //! | [`seeds`], [`filter`] | choosing seeds and clauses |
+//! | [`coverage`] | what may happen, and how often it did |
 //! | [`mutants`] | whether the contract notices planted bugs |
 //! | [`bench`](mod@bench) | measuring the simulator |
 //! | [`panics`] | catching panics |
@@ -42,6 +43,7 @@ pub mod clauses;
 pub mod context;
 pub mod contract;
 pub mod contract_doc;
+pub mod coverage;
 pub mod environment;
 pub mod filter;
 pub mod honesty;

@@ -106,8 +106,6 @@ bugs! {
             "A start whose caller leaves just when it is done is not undone.",
         StopWaitsItsTurn = "stop-waits-its-turn":
             "A stop or kill does not cut short what the machine is doing.",
-        StopServesQueueFirst = "stop-serves-queue-first":
-            "What was queued before a stop is carried out before it.",
         OneWaiterIsWoken = "one-waiter-is-woken":
             "Of those who wait for a change of state only the first is woken.",
         FirstExitIsKept = "first-exit-is-kept":
@@ -166,8 +164,6 @@ bugs! {
             "A reader of events that is too slow is not told that it missed some.",
         EventsNeverEnd = "events-never-end":
             "The events of a machine do not end with it.",
-        StreamsAreNotWoken = "streams-are-not-woken":
-            "Who reads from a stream is not woken when its machine ends.",
         AgentPortIsOpen = "agent-port-is-open":
             "A stream can be opened to the port of the agent.",
         DeletedIsKept = "deleted-is-kept":
@@ -193,7 +189,7 @@ bugs! {
         EofIsNotRepeated = "eof-is-not-repeated":
             "The end of input that was under way when the link broke is not sent again.",
         CreditLeaks = "credit-leaks":
-            "Each time that room comes free the guest is told of a little less than there is.",
+            "Of each large piece of output that was read only a part is given back as room.",
         RequestIsNotRepeated = "request-is-not-repeated":
             "A request that was under way when the link broke is not sent again.",
         DroppedStaysOpen = "dropped-stays-open":
@@ -265,7 +261,7 @@ bugs! {
         CreditIsIgnored = "credit-is-ignored":
             "Output is sent beyond what the host has room for.",
         InputIsCountedShort = "input-is-counted-short":
-            "Of each piece of input that a program took one byte is not counted.",
+            "Of each piece of input that a program took only half is counted.",
     }
     Protocol {
         FramesTogetherAreLost = "frames-together-are-lost":

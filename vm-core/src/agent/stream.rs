@@ -192,7 +192,8 @@ impl Incoming {
     /// Takes the next bytes out, if any.
     pub(super) fn take(&mut self) -> Option<Bytes> {
         let chunk = self.chunks.pop_front()?;
-        self.held -= chunk.len() as u64;
+        let given = chunk.len() as u64;
+        self.held -= if planted(Bug::CreditLeaks) { given.min(4096) } else { given };
         Some(chunk)
     }
 
@@ -211,11 +212,6 @@ impl Incoming {
         if !anew && (self.eof.is_some() || limit - self.granted < WINDOW / 2) {
             return None;
         }
-        let limit = if planted(Bug::CreditLeaks) && !anew {
-            self.granted + (limit - self.granted) / 2
-        } else {
-            limit
-        };
         self.granted = limit;
         // What is held here and was not given on is lost with this handle; the agent must keep it for the next one.
         let consumed = self.position();

@@ -127,7 +127,7 @@ impl Core {
         if command.work.is_urgent() {
             let waiting = std::mem::take(&mut shared.queue);
             for earlier in waiting {
-                if earlier.work.is_urgent() || planted(Bug::StopServesQueueFirst) {
+                if earlier.work.is_urgent() {
                     shared.queue.push_back(earlier);
                 } else {
                     earlier.refuse(VmErrorKind::Interrupted);

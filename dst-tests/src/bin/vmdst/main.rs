@@ -15,6 +15,7 @@ use vm_dst::{
 };
 
 mod bench;
+mod coverage;
 mod doctor;
 mod interrupt;
 mod mutants;
@@ -56,6 +57,8 @@ enum Command {
     Doctor,
     /// Measures the simulator
     Bench(bench::Arguments),
+    /// Counts which operations meet which states and faults, and says what never happened
+    Coverage(coverage::Arguments),
     /// Runs the contract against each planted bug and says which clause notices it
     Mutants(mutants::Arguments),
     /// Restores, forks or boots machines many times in a row, and says how often it went well
@@ -160,6 +163,7 @@ fn main() -> ExitCode {
         }
         Command::Doctor => doctor::run(),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Coverage(arguments) => coverage::run(&arguments),
         Command::Mutants(arguments) => mutants::run(&arguments),
         Command::Soak(arguments) => soak::run(&arguments),
     };
