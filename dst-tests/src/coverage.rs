@@ -6,7 +6,7 @@
 
 use crate::{
     plan::Plan,
-    target::{SimTarget, Target},
+    target::SimTarget,
 };
 use serde::Serialize;
 use std::{

@@ -16,7 +16,7 @@ use crate::{
 use futures_util::future::{join, join_all};
 use std::{collections::BTreeSet, time::Duration};
 use vm_core::fault::{FaultKind, FaultOrder};
-use vm_trait::{Capability, ForkOptions, VmErrorKind, VmState};
+use vm_trait::{Capability, ForkOptions, StopOptions, VmErrorKind, VmState};
 
 /// The clauses on forks.
 pub(super) const CLAUSES: &[Clause] = &[

@@ -10,7 +10,8 @@ use crate::{
 use bytes::Bytes;
 use vm_core::fault::{FaultKind, FaultOrder};
 use vm_trait::{
-    Mib, RestoreOptions, Snapshot, SnapshotOptions, VmConfig, VmErrorKind, VmInstanceExt, VmState,
+    Capability, Mib, RestoreOptions, Snapshot, SnapshotOptions, VmConfig, VmErrorKind,
+    VmInstanceExt, VmState,
 };
 
 /// The clauses on integrity.
