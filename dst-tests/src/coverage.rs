@@ -4,10 +4,7 @@
 //! [`possible`] lists what the design allows, from the scopes of the faults. What never happened in a long [`Survey`] is a
 //! gap in the contract, unless [`excuse`] says why it does not count.
 
-use crate::{
-    plan::Plan,
-    target::SimTarget,
-};
+use crate::{plan::Plan, target::SimTarget};
 use serde::Serialize;
 use std::{
     collections::BTreeSet,

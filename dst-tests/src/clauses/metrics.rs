@@ -69,7 +69,9 @@ async fn uptime(ctx: &Context) -> Verdict {
 
 async fn paused(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
-    let (mut low, mut high) = (Duration::ZERO, Duration::ZERO);
+    // A machine that is a copy stood still at first.
+    let before = vm.metrics().await?.paused.unwrap_or_default();
+    let (mut low, mut high) = (before, before);
     for _ in 0..ctx.draw(1, 3) {
         let begun = ctx.now();
         vm.pause().await?;

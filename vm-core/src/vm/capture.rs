@@ -237,6 +237,14 @@ impl Actor {
             self.hold().await?;
         }
         let forked = self.drive(reply, after, machine.fork(&specs)).await;
+        // The children get going while the source does.
+        let children_run = was_running || planted(Bug::ChildrenRunAtOnce);
+        let forked = forked.map(|machines| {
+            let adopted = children.iter().zip(machines).map(|(child, machine)| {
+                machine.map(|machine| adopt(child.core(), machine, children_run))
+            });
+            adopted.collect::<Vec<_>>()
+        });
         let resumes = was_running || planted(Bug::ForkResumesPaused);
         if resumes && !matches!(forked, Err(Cut::Exited(_) | Cut::Preempted)) {
             self.let_go().await?;
@@ -250,16 +258,13 @@ impl Actor {
             Ok(forked) => forked,
             Err(cut) => return Err(self.give_up(cut).await),
         };
-        let outcomes = children.into_iter().zip(forked).map(|(child, machine)| async move {
-            let adopted = match machine {
-                Ok(machine) => {
-                    let resume = was_running || planted(Bug::ChildrenRunAtOnce);
-                    adopt(child.core(), machine, resume).await
-                }
+        let outcomes = children.into_iter().zip(forked).map(|(child, adopted)| async move {
+            let outcome = match adopted {
+                Ok(answer) => adopted_with(answer.await),
                 Err(error) => Err(error.into()),
             };
             let id = child.core().id;
-            adopted
+            outcome
                 .map(|()| Arc::new(child) as Arc<dyn VmInstance>)
                 .map_err(|kind| VmError::new(Operation::Fork, kind).with_vm(id))
         });
@@ -281,15 +286,19 @@ impl Actor {
     }
 }
 
-/// Gives a forked machine to the actor of its VM, and waits until it is fit for use.
-async fn adopt(
-    child: &Arc<Core>,
-    machine: Arc<dyn Machine>,
-    resume: bool,
-) -> Result<(), VmErrorKind> {
+/// What becomes of a command, once the actor has carried it out.
+type Outcome = Result<Answer, VmErrorKind>;
+
+/// Gives a forked machine to the actor of its VM, which brings it up at once and then answers.
+fn adopt(child: &Arc<Core>, machine: Arc<dyn Machine>, resume: bool) -> oneshot::Receiver<Outcome> {
     let (reply, answer) = oneshot::channel();
     child.enqueue(Command { work: Work::Adopt { machine, resume }, reply });
-    match answer.await {
+    answer
+}
+
+/// Says whether a forked machine is fit for use, of the actor's answer.
+fn adopted_with(answer: Result<Outcome, oneshot::error::RecvError>) -> Result<(), VmErrorKind> {
+    match answer {
         Ok(Ok(Answer::Done)) => Ok(()),
         Ok(Err(kind)) => Err(kind),
         Ok(Ok(_)) | Err(_) => Err(VmErrorKind::Interrupted),

@@ -223,14 +223,22 @@ impl Actor {
         let talk = async {
             client.ready().await?;
             if own_kernel {
-                if restored && !planted(Bug::RestoredIsNotReseeded) {
+                // Both at once: a restored guest is slow at first, and each has a way to go.
+                let reseed = async {
+                    if !restored || planted(Bug::RestoredIsNotReseeded) {
+                        return Ok(());
+                    }
                     let mut entropy = [0; 32];
                     core.parts.env.fill_random(&mut entropy);
-                    client.reseed(entropy).await?;
-                }
-                if !(restored && planted(Bug::RestoredClockIsNotSet)) {
-                    client.set_clock(core.parts.env.wall_clock()).await?;
-                }
+                    client.reseed(entropy).await
+                };
+                let set_clock = async {
+                    if restored && planted(Bug::RestoredClockIsNotSet) {
+                        return Ok(());
+                    }
+                    client.set_clock(core.parts.env.wall_clock()).await
+                };
+                try_join(reseed, set_clock).await?;
             }
             Ok(())
         };
