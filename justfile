@@ -38,6 +38,19 @@ lint:
 contract-doc:
     cargo run -p vm-dst -- clauses --markdown > docs/contract.md
 
+# Hold the contract against every planted bug
+mutants:
+    cargo run --release -p vm-dst --features planted-bugs -- mutants
+
+# Count what happens under 1,000 seeds, and name what never does
+coverage:
+    cargo run --release -p vm-dst -- coverage
+
+# Write the documents of planted bugs and of what is possible
+catalogue-docs:
+    cargo run -p vm-dst -- mutants --markdown > docs/planted-bugs.md
+    cargo run -p vm-dst -- coverage --markdown > docs/coverage.md
+
 # Run a command inside a Linux that offers /dev/kvm, on any machine
 lab *command:
     lab/run {{ command }}

@@ -33,6 +33,8 @@
 //! | [`contract`] | the contract as a test program |
 //! | [`contract_doc`] | the contract as a document |
 //! | [`seeds`], [`filter`] | choosing seeds and clauses |
+//! | [`coverage`] | what may happen, and how often it did |
+//! | [`mutants`] | whether the contract notices planted bugs |
 //! | [`bench`](mod@bench) | measuring the simulator |
 //! | [`panics`] | catching panics |
 #![forbid(unsafe_code)]
@@ -43,10 +45,12 @@ pub mod clauses;
 pub mod context;
 pub mod contract;
 pub mod contract_doc;
+pub mod coverage;
 pub mod environment;
 pub mod filter;
 pub mod honesty;
 pub mod merge;
+pub mod mutants;
 mod ordered;
 pub mod panics;
 pub mod plan;

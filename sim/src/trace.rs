@@ -1,5 +1,6 @@
 //! The trace: everything that happens, hashed as it happens.
 
+use crate::coverage::{Coverage, Tally};
 use serde::{Deserialize, Serialize};
 use std::{
     sync::{Mutex, PoisonError},
@@ -67,6 +68,7 @@ pub enum Timeline {
 
 pub(crate) struct Trace {
     timeline: Timeline,
+    tally: Option<Mutex<Tally>>,
     state: Mutex<TraceState>,
 }
 
@@ -79,7 +81,26 @@ struct TraceState {
 impl Trace {
     pub(crate) fn new(seed: u64, timeline: Timeline) -> Self {
         let state = TraceState { hasher: XxHash3_128::with_seed(seed), events: 0, lines: vec![] };
-        Self { timeline, state: Mutex::new(state) }
+        Self { timeline, tally: None, state: Mutex::new(state) }
+    }
+
+    /// Counts what happens, where that is `wanted`.
+    pub(crate) fn counting(mut self, wanted: bool) -> Self {
+        self.tally = wanted.then(Mutex::default);
+        self
+    }
+
+    /// Counts a fault.
+    pub(crate) fn fault(&self, vm: Option<VmId>, kind: FaultKind) {
+        if let Some(tally) = &self.tally {
+            tally.lock().unwrap_or_else(PoisonError::into_inner).fault(vm, kind);
+        }
+    }
+
+    pub(crate) fn coverage(&self) -> Coverage {
+        let counted =
+            |tally: &Mutex<Tally>| tally.lock().unwrap_or_else(PoisonError::into_inner).coverage();
+        self.tally.as_ref().map(counted).unwrap_or_default()
     }
 
     /// Takes note of an event: its time, VM, kind, numbers and bytes. The text is made for the timeline only.
@@ -143,6 +164,9 @@ impl Trace {
 
     /// Takes note of what the core reports.
     pub(crate) fn occurrence(&self, at: Duration, vm: VmId, occurrence: &Occurrence<'_>) {
+        if let Some(tally) = &self.tally {
+            tally.lock().unwrap_or_else(PoisonError::into_inner).occurrence(vm, occurrence);
+        }
         let record = |tag: Tag, numbers: &[u64], bytes: &[u8]| {
             let line = || (Mark::of(occurrence), describe(occurrence));
             self.record_marked(at, Some(vm), tag, numbers, bytes, line);

@@ -39,6 +39,9 @@ async fn always_answer(ctx: &Context) -> Verdict {
         ensure_eq!(metrics.boot, None, "the boot times in Created");
         ensure_eq!(metrics.processes.unwrap_or(0), 0, "the programs in Created");
     }
+    if matches!(stage, Stage::Stopped | Stage::Crashed) {
+        ensure_eq!(metrics.uptime, None, "the uptime after the end");
+    }
     ensure!(stage.holds(&vm.state()), "after metrics in {stage:?}: {}", vm.state());
     Ok(())
 }

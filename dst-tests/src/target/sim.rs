@@ -10,7 +10,7 @@ use crate::{
 };
 use std::{path::PathBuf, sync::Arc, time::Duration};
 use vm_core::{fault::FaultKind, host_fs::HostFs};
-use vm_sim::{FaultPlan, SimBackend, Timeline, fault};
+use vm_sim::{Coverage, FaultPlan, SimBackend, Timeline, fault};
 use vm_trait::{Capabilities, VmBackend};
 
 /// The simulated backend in one of its environments.
@@ -79,17 +79,35 @@ impl Target for SimTarget {
     }
 
     fn run(&self, clause: &'static Clause, seed: u64, detail: Detail) -> RunReport {
+        self.simulate((clause, seed), detail, false).0
+    }
+}
+
+impl SimTarget {
+    /// Runs one clause once, and counts what happened.
+    #[must_use]
+    pub fn run_counted(&self, clause: &'static Clause, seed: u64) -> (RunReport, Coverage) {
+        self.simulate((clause, seed), Detail::Fingerprint, true)
+    }
+
+    fn simulate(
+        &self,
+        (clause, seed): (&'static Clause, u64),
+        detail: Detail,
+        counted: bool,
+    ) -> (RunReport, Coverage) {
         let sink = PanicSink::default();
         let guard = sink.join();
         let environment = self.environment;
-        let run = environment.run(seed, move || simulate(environment, (clause, seed), detail));
+        let run =
+            environment.run(seed, move || simulate(environment, (clause, seed), detail, counted));
         drop(guard);
-        let (verdict, mut report) = match run.and_then(|built| built) {
-            Ok((broken, report)) => (Ok(broken), report),
-            Err(text) => (Err(text), RunReport::default()),
+        let (verdict, mut report, coverage) = match run.and_then(|built| built) {
+            Ok((broken, report, coverage)) => (Ok(broken), report, coverage),
+            Err(text) => (Err(text), RunReport::default(), Coverage::default()),
         };
         report.broken = judge(verdict, &sink);
-        report
+        (report, coverage)
     }
 }
 
@@ -97,7 +115,8 @@ async fn simulate(
     environment: Environment,
     (clause, seed): (&'static Clause, u64),
     detail: Detail,
-) -> Result<(Option<String>, RunReport), String> {
+    counted: bool,
+) -> Result<(Option<String>, RunReport, Coverage), String> {
     let faults = match seed % 2 {
         0 => FaultPlan::none(),
         _ if clause.undisturbed => FaultPlan::none(),
@@ -113,6 +132,7 @@ async fn simulate(
         .seed(seed)
         .faults(faults)
         .timeline(timeline)
+        .coverage(counted)
         .build()
         .map_err(|error| error.to_string())?;
     let host = backend.clone();
@@ -140,5 +160,5 @@ async fn simulate(
         timeline: backend.timeline(),
         ..RunReport::default()
     };
-    Ok((broken, report))
+    Ok((broken, report, backend.coverage()))
 }

@@ -15,9 +15,11 @@ use vm_dst::{
 };
 
 mod bench;
+mod coverage;
 mod doctor;
 mod interrupt;
 mod merge;
+mod mutants;
 mod outputs;
 mod replay;
 mod run;
@@ -59,6 +61,10 @@ enum Command {
     Doctor,
     /// Measures the simulator
     Bench(bench::Arguments),
+    /// Counts which operations meet which states and faults, and says what never happened
+    Coverage(coverage::Arguments),
+    /// Runs the contract against each planted bug and says which clause notices it
+    Mutants(mutants::Arguments),
     /// Restores, forks or boots machines many times in a row, and says how often it went well
     Soak(soak::Arguments),
 }
@@ -162,6 +168,8 @@ fn main() -> ExitCode {
         }
         Command::Doctor => doctor::run(),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Coverage(arguments) => coverage::run(&arguments),
+        Command::Mutants(arguments) => mutants::run(&arguments),
         Command::Soak(arguments) => soak::run(&arguments),
     };
     match result {
