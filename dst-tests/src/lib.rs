@@ -20,6 +20,7 @@
 //! | [`clause`](mod@clause) | [`Clause`](clause::Clause): a promise as data and a check |
 //! | [`context`] | what a check has at hand: the backend, generated inputs, time, faults |
 //! | [`clauses`] | the clauses themselves, by group |
+//! | [`history`] | generated histories: scripts, the reference model, shrinking, comparing backends |
 //! | [`honesty`] | the clauses that bind a backend to answer `Unsupported` |
 //! | [`target`] | [`Target`](target::Target): a backend to hold to the contract |
 //! | [`environment`] | madsim, tokio with paused time, turmoil |
@@ -43,6 +44,7 @@ pub mod contract;
 pub mod contract_doc;
 pub mod environment;
 pub mod filter;
+pub mod history;
 pub mod honesty;
 pub mod panics;
 pub mod plan;

@@ -1,9 +1,9 @@
 //! One run inside its environment: the check, then the proof that nothing is left.
 
 use crate::{
-    clause::Clause,
     context::{Context, Setup},
     panics::PanicSink,
+    target::Run,
 };
 use futures_util::{
     FutureExt,
@@ -31,7 +31,7 @@ impl Limits {
         Self { check: Duration::from_secs(120), leftovers: Duration::from_secs(60) };
 }
 
-/// Runs the check of `clause` and says what was broken, if anything.
+/// Runs the check of a clause and says what was broken, if anything.
 ///
 /// Every handle that the context holds is dropped afterwards, and what is then left on the host for longer than the
 /// limit is held against the backend.
@@ -40,14 +40,15 @@ impl Limits {
 /// the timers that are left.
 pub async fn keep<S: Future<Output = ()>>(
     setup: Setup,
-    (clause, seed): (&Clause, u64),
+    run: Run,
     limits: Limits,
     sleep: impl FnOnce(Duration) -> S,
 ) -> Option<String> {
     let env = setup.env.clone();
     let leftovers = setup.leftovers.clone();
-    let context = Context::new(setup, seed, clause.id);
-    let check = AssertUnwindSafe((clause.check)(&context)).catch_unwind();
+    let check = run.clause.check;
+    let context = Context::new(setup, run);
+    let check = AssertUnwindSafe(check(&context)).catch_unwind();
     let verdict = match select(check, pin!(sleep(limits.check))).await {
         Either::Left((verdict, _)) => Some(verdict),
         Either::Right(((), _)) => None,

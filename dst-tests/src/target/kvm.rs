@@ -1,7 +1,7 @@
 //! Machines of KVM, each in a launcher process of its own.
 
 use super::{
-    Detail, RunReport, Target,
+    Detail, Run, RunReport, Target,
     real::{FaultyHypervisor, FillingFs, RealFaults, RunDir},
     recorder::Recorder,
     tokio::{real_env, real_time_runtime, run_setup},
@@ -9,6 +9,7 @@ use super::{
 use crate::{
     clause::Clause,
     context::Setup,
+    history::Assignment,
     panics::PanicSink,
     pool::{HandleEnv, WarmPool},
     runner::cores,
@@ -154,13 +155,13 @@ impl KvmTarget {
 
     /// Runs a clause in the runtime and on the backend that it has in common with others: on machines that it shares, or
     /// on machines of its own that are forked.
-    fn run_beside_others(&self, run: (&'static Clause, u64)) -> RunReport {
+    fn run_beside_others(&self, run: Run) -> RunReport {
         let bench = match self.bench() {
             Ok(bench) => bench,
             Err(why) => return RunReport { broken: Some(why), ..RunReport::default() },
         };
         let faults = bench.faults.for_run();
-        let shares = run.0.shares_machine();
+        let shares = run.clause.shares_machine();
         let backend = bench.backend.for_run(&faults);
         let template = bench.template.clone();
         let setup = Setup {
@@ -191,18 +192,16 @@ impl KvmTarget {
         report
     }
 
-    fn run_alone(
-        &self,
-        run: (&'static Clause, u64),
-        timeline: Option<Arc<Mutex<Vec<String>>>>,
-    ) -> RunReport {
+    fn run_alone(&self, run: Run, timeline: Option<Arc<Mutex<Vec<String>>>>) -> RunReport {
         let host = match self.host() {
             Ok(host) => host,
             Err(why) => return RunReport { broken: Some(why), ..RunReport::default() },
         };
         let sink = PanicSink::default();
         let guard = sink.join();
-        let report = run_setup(run, LIMITS, &sink, |env| async { host.open(env, run.0, timeline) });
+        let clause = run.clause;
+        let report =
+            run_setup(run, LIMITS, &sink, |env| async { host.open(env, clause, timeline) });
         drop(guard);
         report
     }
@@ -247,11 +246,21 @@ impl Target for KvmTarget {
 
     fn run(&self, clause: &'static Clause, seed: u64, detail: Detail) -> RunReport {
         if (clause.shares_machine() || forks(clause)) && detail == Detail::Fingerprint {
-            return self.run_beside_others((clause, seed));
+            return self.run_beside_others(Run::of(clause, seed));
         }
+        self.run_with_timeline(Run::of(clause, seed), detail)
+    }
+
+    fn carry_out(&self, assignment: &Arc<Assignment>, detail: Detail) -> RunReport {
+        self.run_with_timeline(Run::of_script(assignment), detail)
+    }
+}
+
+impl KvmTarget {
+    fn run_with_timeline(&self, run: Run, detail: Detail) -> RunReport {
         let lines: Arc<Mutex<Vec<String>>> = Arc::default();
         let timeline = (detail == Detail::Timeline).then(|| lines.clone());
-        let mut report = self.run_alone((clause, seed), timeline);
+        let mut report = self.run_alone(run, timeline);
         report.timeline = std::mem::take(&mut lines.lock().unwrap_or_else(PoisonError::into_inner));
         report
     }
@@ -298,7 +307,9 @@ impl Host {
         clause: &Clause,
         timeline: Option<Arc<Mutex<Vec<String>>>>,
     ) -> Result<Setup, String> {
-        let dir = match clause.needs_faults.contains(&FaultKind::HostDiskFull) {
+        let fills = clause.needs_faults.contains(&FaultKind::HostDiskFull)
+            || (clause.group() == "history" && RunDir::can_be_full());
+        let dir = match fills {
             true => Arc::new(RunDir::that_can_be_full()?),
             false => Arc::new(RunDir::new()?),
         };
@@ -340,8 +351,8 @@ fn forks(clause: &Clause) -> bool {
         matches!(kind, FaultKind::VmmKilled | FaultKind::GuestPanic)
             || matches!(kind.scope(), FaultScope::Exec | FaultScope::File | FaultScope::Link)
     };
-    // Chaos draws its faults as it goes.
-    clause.group() != "chaos" && clause.needs_faults.iter().all(of_its_own)
+    // Chaos and histories draw their faults as they go.
+    !matches!(clause.group(), "chaos" | "history") && clause.needs_faults.iter().all(of_its_own)
 }
 
 impl SharedBench {

@@ -1,11 +1,11 @@
 //! The real guest agent as a process of this host.
 
 use super::{
-    Detail, RunReport, Target,
+    Detail, Run, RunReport, Target,
     recorder::Recorder,
     tokio::{Opened, run_in_real_time},
 };
-use crate::{clause::Clause, runner::cores, session::Limits};
+use crate::{clause::Clause, history::Assignment, runner::cores, session::Limits};
 use std::{
     collections::BTreeMap,
     fs,
@@ -88,13 +88,20 @@ impl Target for ProcessTarget {
     }
 
     fn run(&self, clause: &'static Clause, seed: u64, detail: Detail) -> RunReport {
-        let lines: Arc<Mutex<Vec<String>>> = Arc::default();
-        let timeline = (detail == Detail::Timeline).then(|| lines.clone());
-        let mut report =
-            run_in_real_time((clause, seed), Limits::REAL, |env| async { open(env, timeline) });
-        report.timeline = std::mem::take(&mut lines.lock().unwrap_or_else(PoisonError::into_inner));
-        report
+        run(Run::of(clause, seed), detail)
     }
+
+    fn carry_out(&self, assignment: &Arc<Assignment>, detail: Detail) -> RunReport {
+        run(Run::of_script(assignment), detail)
+    }
+}
+
+fn run(run: Run, detail: Detail) -> RunReport {
+    let lines: Arc<Mutex<Vec<String>>> = Arc::default();
+    let timeline = (detail == Detail::Timeline).then(|| lines.clone());
+    let mut report = run_in_real_time(run, Limits::REAL, |env| async { open(env, timeline) });
+    report.timeline = std::mem::take(&mut lines.lock().unwrap_or_else(PoisonError::into_inner));
+    report
 }
 
 fn open(env: Arc<dyn Env>, timeline: Option<Arc<Mutex<Vec<String>>>>) -> Result<Opened, String> {

@@ -1,14 +1,15 @@
 //! The simulated backend.
 
-use super::{Detail, RunReport, Target};
+use super::{Detail, Run, RunReport, Target};
 use crate::{
     clause::Clause,
     context::Setup,
     environment::Environment,
+    history::Assignment,
     panics::PanicSink,
     session::{Limits, judge, keep},
 };
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 use vm_core::{fault::FaultKind, host_fs::HostFs};
 use vm_sim::{FaultPlan, SimBackend, Timeline, fault};
 use vm_trait::{Capabilities, VmBackend};
@@ -17,11 +18,14 @@ use vm_trait::{Capabilities, VmBackend};
 ///
 /// Runs with odd seeds have background faults that no promise may be affected by; runs with even seeds have only
 /// those that a clause asks for.
-#[derive(Debug)]
 pub struct SimTarget {
     environment: Environment,
     capabilities: Result<Capabilities, String>,
+    through: Option<Arc<Through>>,
 }
+
+/// Puts something between a check and the backend.
+pub type Through = dyn Fn(Arc<dyn VmBackend>) -> Arc<dyn VmBackend> + Send + Sync;
 
 impl SimTarget {
     /// Simulates in `environment`.
@@ -31,7 +35,17 @@ impl SimTarget {
             let built = SimBackend::builder().build();
             built.map(|backend| backend.capabilities()).map_err(|error| error.to_string())
         });
-        Self { environment, capabilities: capabilities.and_then(|built| built) }
+        Self { environment, capabilities: capabilities.and_then(|built| built), through: None }
+    }
+
+    /// Puts something between the checks and the backend: to plant a defect that a suite must find.
+    #[must_use]
+    pub fn seen_through(
+        mut self,
+        through: impl Fn(Arc<dyn VmBackend>) -> Arc<dyn VmBackend> + Send + Sync + 'static,
+    ) -> Self {
+        self.through = Some(Arc::new(through));
+        self
     }
 }
 
@@ -79,10 +93,21 @@ impl Target for SimTarget {
     }
 
     fn run(&self, clause: &'static Clause, seed: u64, detail: Detail) -> RunReport {
+        self.simulate(Run::of(clause, seed), detail)
+    }
+
+    fn carry_out(&self, assignment: &Arc<Assignment>, detail: Detail) -> RunReport {
+        self.simulate(Run::of_script(assignment), detail)
+    }
+}
+
+impl SimTarget {
+    fn simulate(&self, run: Run, detail: Detail) -> RunReport {
         let sink = PanicSink::default();
         let guard = sink.join();
         let environment = self.environment;
-        let run = environment.run(seed, move || simulate(environment, (clause, seed), detail));
+        let (seed, through) = (run.seed, self.through.clone());
+        let run = environment.run(seed, move || simulate(environment, run, (detail, through)));
         drop(guard);
         let (verdict, mut report) = match run.and_then(|built| built) {
             Ok((broken, report)) => (Ok(broken), report),
@@ -93,11 +118,18 @@ impl Target for SimTarget {
     }
 }
 
+impl fmt::Debug for SimTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SimTarget").field("environment", &self.environment).finish_non_exhaustive()
+    }
+}
+
 async fn simulate(
     environment: Environment,
-    (clause, seed): (&'static Clause, u64),
-    detail: Detail,
+    run: Run,
+    (detail, through): (Detail, Option<Arc<Through>>),
 ) -> Result<(Option<String>, RunReport), String> {
+    let (clause, seed) = (run.clause, run.seed);
     let faults = match seed % 2 {
         0 => FaultPlan::none(),
         _ if clause.undisturbed => FaultPlan::none(),
@@ -126,10 +158,13 @@ async fn simulate(
         warm: None,
         template: None,
         leftovers: Arc::new(move || host.ledger().leftovers()),
-        backend: Arc::new(backend.clone()),
+        backend: match through {
+            Some(through) => through(Arc::new(backend.clone())),
+            None => Arc::new(backend.clone()),
+        },
     };
     let sleep = |duration| environment.sleep(duration);
-    let broken = keep(setup, (clause, seed), Limits::SIMULATED, sleep).await;
+    let broken = keep(setup, run, Limits::SIMULATED, sleep).await;
     let report = RunReport {
         broken: None,
         faults_fired: backend.fault_control().fired(),

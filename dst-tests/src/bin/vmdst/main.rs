@@ -15,10 +15,13 @@ use vm_dst::{
 };
 
 mod bench;
+mod diff;
 mod doctor;
+mod histories;
 mod interrupt;
 mod replay;
 mod run;
+mod shrink;
 mod soak;
 
 /// Something failed.
@@ -43,8 +46,12 @@ struct Cli {
 enum Command {
     /// Runs clauses under many seeds
     Run(run::Arguments),
-    /// Runs one clause with one seed and prints everything that happens
+    /// Runs one clause with one seed, or a script from a file, and prints everything that happens
     Replay(replay::Arguments),
+    /// Makes a failing script small
+    Shrink(shrink::Arguments),
+    /// Carries out the same generated histories on two backends and compares them step by step
+    Diff(diff::Arguments),
     /// Lists the clauses
     Clauses {
         /// As the Markdown of docs/contract.md
@@ -82,12 +89,18 @@ enum Backend {
 
 impl Chosen {
     fn target(&self) -> Result<Arc<dyn Target>, Problem> {
-        match self.backend {
-            Backend::Sim => Ok(Arc::new(SimTarget::new(self.environment()?))),
-            _ if self.env.is_some() => Err(Problem::usage(ENV_OF_SIM)),
-            Backend::Process => Ok(Arc::new(ProcessTarget::new())),
-            Backend::Kvm => Ok(Arc::new(KvmTarget::new())),
+        if self.backend != Backend::Sim && self.env.is_some() {
+            return Err(Problem::usage(ENV_OF_SIM));
         }
+        self.target_of(self.backend)
+    }
+
+    fn target_of(&self, backend: Backend) -> Result<Arc<dyn Target>, Problem> {
+        Ok(match backend {
+            Backend::Sim => Arc::new(SimTarget::new(self.environment()?)),
+            Backend::Process => Arc::new(ProcessTarget::new()),
+            Backend::Kvm => Arc::new(KvmTarget::new()),
+        })
     }
 
     /// Gives the environment of simulated runs, and none for a backend that runs in real time.
@@ -151,6 +164,8 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Run(arguments) => run::run(&arguments),
         Command::Replay(arguments) => replay::run(&arguments),
+        Command::Shrink(arguments) => shrink::run(&arguments),
+        Command::Diff(arguments) => diff::run(&arguments),
         Command::Clauses { markdown } => {
             let text = if markdown { contract_doc::markdown() } else { contract_doc::plain() };
             print(&text).map(|()| 0)

@@ -32,11 +32,22 @@ pub(crate) struct Arguments {
     /// The first of the seeds
     #[arg(long, value_name = "S", value_parser = any_number)]
     first_seed: Option<u64>,
+    /// Runs so many generated histories in place of the clauses; the first that fails is made small and saved
+    #[arg(long, value_name = "N", value_parser = any_number, conflicts_with_all = ["seeds", "clause", "json"])]
+    histories: Option<u64>,
+    /// Where a failing history is saved
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "target/history.json",
+        requires = "histories"
+    )]
+    save: PathBuf,
     /// Runs only clauses whose id contains this, or matches it where it has a `*` or `?`
     #[arg(long, value_name = "GLOB")]
     clause: Vec<ClauseFilter>,
     #[command(flatten)]
-    chosen: Chosen,
+    pub(crate) chosen: Chosen,
     /// Writes what came of it to this file, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -100,6 +111,14 @@ impl Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<u8, Problem> {
+    if let Some(count) = arguments.histories {
+        let seeds = match arguments.seed {
+            Some(seed) => Seeds::one(seed, SeedSource::Option),
+            None => Seeds::range(arguments.first_seed.unwrap_or(0), count, SeedSource::Option)?,
+        };
+        let target = arguments.chosen.target()?;
+        return crate::histories::run(&target, seeds, arguments.twice, &arguments.save);
+    }
     let mut session = arguments.session()?;
     session.interrupt = interrupt::flag();
     print(&format!(
