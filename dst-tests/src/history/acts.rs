@@ -51,20 +51,19 @@ impl Machines {
             false => Duration::from_secs(real_s),
         };
         // Short where time is simulated, so that what hangs does not hang for long.
-        let timeouts = Timeouts {
-            boot: span(10_000, 60),
-            pause: span(500, 10),
-            capture: span(5_000, 60),
-            request: span(800, 10),
-            link: span(400, 5),
-            kill: span(2_000, 10),
-        };
+        let mut timeouts = Timeouts::default();
+        timeouts.boot = span(10_000, 60);
+        timeouts.pause = span(500, 10);
+        timeouts.capture = span(5_000, 60);
+        timeouts.request = span(800, 10);
+        timeouts.link = span(400, 5);
+        timeouts.kill = span(2_000, 10);
         Self { timeouts, simulated, held: Mutex::default() }
     }
 
     /// Gives a span in which any one call must have ended.
     pub(super) fn limit(&self) -> Duration {
-        let Timeouts { boot, pause, capture, request, link, kill } = self.timeouts;
+        let Timeouts { boot, pause, capture, request, link, kill, .. } = self.timeouts;
         self.program() + boot + capture + request * 2 + link + (pause + kill) * 2 + self.patience()
     }
 
@@ -116,7 +115,8 @@ impl Machines {
     }
 
     async fn create(&self, ctx: &Context, name: u8) -> VmResult<Seen> {
-        let config = VmConfig { timeouts: self.timeouts.clone(), ..VmConfig::default() };
+        let mut config = VmConfig::default();
+        config.timeouts = self.timeouts.clone();
         let vm = ctx.backend().create(config).await?;
         self.put(name, vm, Ids::new());
         Ok(Seen::Nothing)
@@ -336,7 +336,7 @@ impl Machines {
                     .collect();
                 let held = self.held();
                 let known = held.ids.get(&name).into_iter().flatten();
-                let running = known.filter(|(_, id)| running.contains(id)).map(|(name, _)| *name);
+                let running = known.filter(|(_, id)| running.contains(*id)).map(|(name, _)| *name);
                 Ok(Seen::Processes(running.collect()))
             }
         }

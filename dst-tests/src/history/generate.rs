@@ -9,7 +9,10 @@ use proptest::{
     strategy::{BoxedStrategy, Union, ValueTree},
     test_runner::{Config, RngAlgorithm, TestRng, TestRunner},
 };
-use std::{collections::BTreeMap, ops::RangeInclusive};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::RangeInclusive,
+};
 use vm_core::fault::{FaultKind, FaultScope};
 use vm_trait::{Capabilities, Capability};
 
@@ -149,8 +152,11 @@ fn together(profile: &Profile) -> BoxedStrategy<Step> {
     let act = match profile.together {
         Together::Any => {
             prop_oneof![2 => small(profile), 1 => lifecycle(profile), 1 => short_capture(profile)]
+                .boxed()
         }
-        Together::Independent => prop_oneof![2 => independent(), 1 => Just(Act::Ping).boxed()],
+        Together::Independent => {
+            prop_oneof![2 => independent(), 1 => Just(Act::Ping).boxed()].boxed()
+        }
     };
     let after = prop_oneof![3 => Just(0_u32), 1 => 1_u32..20];
     let call = (act, after, any::<bool>(), vm()).prop_map(|(act, after_ms, same, vm)| {
@@ -385,13 +391,13 @@ enum Guess {
 struct Composer<'a> {
     profile: &'a Profile,
     vms: BTreeMap<u8, Guess>,
-    snapshots: BTreeMap<u8, ()>,
+    snapshots: BTreeSet<u8>,
     steps: Vec<Step>,
 }
 
 impl<'a> Composer<'a> {
     fn new(profile: &'a Profile) -> Self {
-        Self { profile, vms: BTreeMap::new(), snapshots: BTreeMap::new(), steps: Vec::new() }
+        Self { profile, vms: BTreeMap::new(), snapshots: BTreeSet::new(), steps: Vec::new() }
     }
 
     fn compose(mut self, drafts: Vec<Draft>) -> Vec<Step> {
@@ -441,7 +447,7 @@ impl<'a> Composer<'a> {
         let source = self.vms.iter().find(|(_, guess)| **guess != Guess::Off).map(|(vm, _)| *vm);
         let forks = self.profile.capabilities.has(Capability::Fork);
         let revives = self.profile.capabilities.has(Capability::Snapshot);
-        let snapshot = self.snapshots.keys().next().copied();
+        let snapshot = self.snapshots.first().copied();
         let call = match (source, snapshot) {
             (_, Some(from)) if revives && draft.remedy % 2 == 0 => {
                 Call::new(vm, Act::Revive { from, resume: draft.resume })
@@ -465,26 +471,28 @@ impl<'a> Composer<'a> {
             (Act::Create, _) => self.set(call.vm, Guess::Off),
             (Act::Revive { from, resume } | Act::Restore { from, resume }, _) => {
                 let new = matches!(call.act, Act::Revive { .. }) || known == Some(Guess::Off);
-                if self.snapshots.contains_key(from) && new {
+                if self.snapshots.contains(from) && new {
                     self.set(call.vm, if *resume { Guess::Running } else { Guess::Paused });
                 }
             }
-            (Act::Forget, _) => drop(self.vms.remove(&call.vm)),
+            (Act::Forget, _) => {
+                self.vms.remove(&call.vm);
+            }
             (Act::Start, Some(Guess::Off)) => self.set(call.vm, Guess::Running),
             (act, Some(_)) if act.ends_life() => self.set(call.vm, Guess::Off),
             (Act::Pause, Some(Guess::Running)) => self.set(call.vm, Guess::Paused),
             (Act::Resume, Some(Guess::Paused)) => self.set(call.vm, Guess::Running),
             (Act::Snapshot { into, .. }, Some(Guess::Running | Guess::Paused)) => {
-                self.snapshots.insert(*into, ());
+                self.snapshots.insert(*into);
             }
             (Act::Carry { into, .. } | Act::Merge { into, .. }, _)
                 if !self.snapshots.is_empty() =>
             {
-                self.snapshots.insert(*into, ());
+                self.snapshots.insert(*into);
             }
             (Act::Fork { into }, Some(guess @ (Guess::Running | Guess::Paused))) => {
-                for child in into.clone() {
-                    self.set(child, guess);
+                for child in into {
+                    self.set(*child, guess);
                 }
             }
             _ => {}
@@ -499,7 +507,6 @@ impl<'a> Composer<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::BTreeSet;
 
     #[test]
     fn a_seed_gives_the_same_script_every_time_and_no_other_seed_does() {

@@ -9,10 +9,7 @@ use super::{
     record::{CallRecord, Outcome, Seen, StepRecord},
     script::{Act, Call, Disturbance, Step},
 };
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fmt,
-};
+use std::{collections::BTreeSet, fmt};
 use vm_core::fault::FaultKind;
 use vm_trait::Capabilities;
 
@@ -183,6 +180,14 @@ impl Checker {
                 let ender = beside.ends(*vm) || act.ends_life() || world.may_end(*vm);
                 let cut = ["interrupted", "disconnected", "vmm_crashed", "guest_crashed"];
                 let interrupted = ender && cut.contains(&code.as_str());
+                let moving = match code.as_str() {
+                    "invalid_state:starting" => beside.begins(*vm),
+                    "invalid_state:stopping" => ender,
+                    _ => false,
+                };
+                if moving {
+                    found.push(world.clone());
+                }
                 let in_use = code == "port_in_use" && beside.listens(*vm);
                 let explained = self.fired.iter().any(|kind| faults::explains(*kind, act, code));
                 if interrupted || in_use || explained {
@@ -277,6 +282,11 @@ impl Beside<'_> {
     /// Says whether one of the step's calls ends this machine's life.
     fn ends(&self, vm: u8) -> bool {
         self.all.iter().any(|made| made.call.vm == vm && made.call.act.ends_life())
+    }
+
+    fn begins(&self, vm: u8) -> bool {
+        let begins = |act: &Act| matches!(act, Act::Start | Act::Restore { .. });
+        self.all.iter().any(|made| made.call.vm == vm && begins(&made.call.act))
     }
 
     fn listens(&self, vm: u8) -> bool {
