@@ -25,6 +25,7 @@ mod files_atomic;
 mod files_names;
 mod fork;
 mod guest_streams;
+mod history;
 mod incremental;
 mod incremental_bases;
 mod inspect;
@@ -50,6 +51,8 @@ mod streams;
 mod tty;
 mod vsock;
 mod vsock_life;
+
+pub use history::GENERATED_HISTORY;
 
 /// Gives every clause, in the order of the groups.
 pub fn all() -> impl Iterator<Item = &'static Clause> {

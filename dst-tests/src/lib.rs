@@ -20,6 +20,7 @@
 //! | [`clause`](mod@clause) | [`Clause`](clause::Clause): a promise as data and a check |
 //! | [`context`] | what a check has at hand: the backend, generated inputs, time, faults |
 //! | [`clauses`] | the clauses themselves, by group |
+//! | [`history`] | generated histories: scripts, the reference model, shrinking, comparing backends |
 //! | [`honesty`] | the clauses that bind a backend to answer `Unsupported` |
 //! | [`target`] | [`Target`](target::Target): a backend to hold to the contract |
 //! | [`environment`] | madsim, tokio with paused time, turmoil |
@@ -48,6 +49,7 @@ pub mod contract_doc;
 pub mod coverage;
 pub mod environment;
 pub mod filter;
+pub mod history;
 pub mod honesty;
 pub mod merge;
 pub mod mutants;

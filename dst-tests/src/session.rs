@@ -1,10 +1,10 @@
 //! One run inside its environment: the check, then the proof that nothing is left.
 
 use crate::{
-    clause::Clause,
     context::{Context, Setup},
     ordered::CountedFaults,
     panics::PanicSink,
+    target::Run,
 };
 use futures_util::{
     FutureExt,
@@ -47,7 +47,7 @@ pub struct Kept {
     pub faults_ordered: BTreeMap<FaultKind, u64>,
 }
 
-/// Runs the check of `clause` and says what was broken, if anything, and which faults it ordered.
+/// Runs the check of a clause and says what was broken, if anything, and which faults it ordered.
 ///
 /// Every handle that the context holds is dropped afterwards, and what is then left on the host for longer than the
 /// limit is held against the backend.
@@ -56,7 +56,7 @@ pub struct Kept {
 /// the timers that are left.
 pub async fn keep<S: Future<Output = ()>>(
     mut setup: Setup,
-    run: (&Clause, u64),
+    run: Run,
     limits: Limits,
     sleep: impl FnOnce(Duration) -> S,
 ) -> Kept {
@@ -69,14 +69,15 @@ pub async fn keep<S: Future<Output = ()>>(
 
 async fn broken_by<S: Future<Output = ()>>(
     setup: Setup,
-    (clause, seed): (&Clause, u64),
+    run: Run,
     limits: Limits,
     sleep: impl FnOnce(Duration) -> S,
 ) -> Option<String> {
     let env = setup.env.clone();
     let leftovers = setup.leftovers.clone();
-    let context = Context::new(setup, seed, clause.id);
-    let check = AssertUnwindSafe((clause.check)(&context)).catch_unwind();
+    let check = run.clause.check;
+    let context = Context::new(setup, run);
+    let check = AssertUnwindSafe(check(&context)).catch_unwind();
     let verdict = match select(check, pin!(sleep(limits.check))).await {
         Either::Left((verdict, _)) => Some(verdict),
         Either::Right(((), _)) => None,

@@ -1,7 +1,7 @@
 //! Machines of KVM, each in a launcher process of its own.
 
 use super::{
-    Detail, RunReport, Target,
+    Detail, Run, RunReport, Target,
     real::{FaultyHypervisor, FillingFs, RealFaults, RunDir},
     recorder::Records,
     tokio::{real_env, real_time_runtime, run_setup},
@@ -9,6 +9,7 @@ use super::{
 use crate::{
     clause::Clause,
     context::Setup,
+    history::Assignment,
     panics::PanicSink,
     pool::{HandleEnv, WarmPool},
     runner::cores,
@@ -154,13 +155,13 @@ impl KvmTarget {
 
     /// Runs a clause in the runtime and on the backend that it has in common with others: on machines that it shares, or
     /// on machines of its own that are forked.
-    fn run_beside_others(&self, run: (&'static Clause, u64)) -> RunReport {
+    fn run_beside_others(&self, run: Run) -> RunReport {
         let bench = match self.bench() {
             Ok(bench) => bench,
             Err(why) => return RunReport { broken: Some(why), ..RunReport::default() },
         };
         let faults = bench.faults.for_run();
-        let shares = run.0.shares_machine();
+        let shares = run.clause.shares_machine();
         let backend = bench.backend.for_run(&faults);
         let template = bench.template.clone();
         let setup = Setup {
@@ -191,7 +192,7 @@ impl KvmTarget {
         report
     }
 
-    fn run_alone(&self, run: (&'static Clause, u64), detail: Detail) -> RunReport {
+    fn run_alone(&self, run: Run, detail: Detail) -> RunReport {
         let host = match self.host() {
             Ok(host) => host,
             Err(why) => return RunReport { broken: Some(why), ..RunReport::default() },
@@ -200,8 +201,9 @@ impl KvmTarget {
         let guard = sink.join();
         let records = Records::new(detail);
         let opened = records.clone();
+        let clause = run.clause;
         let mut report =
-            run_setup(run, LIMITS, &sink, |env| async move { host.open(env, run.0, &opened) });
+            run_setup(run, LIMITS, &sink, |env| async move { host.open(env, clause, &opened) });
         drop(guard);
         report.timeline = records.take();
         report
@@ -249,9 +251,13 @@ impl Target for KvmTarget {
         // A record is made of machines that no other run has.
         let beside_others = matches!(detail, Detail::Fingerprint | Detail::Record);
         if (clause.shares_machine() || forks(clause)) && beside_others {
-            return self.run_beside_others((clause, seed));
+            return self.run_beside_others(Run::of(clause, seed));
         }
-        self.run_alone((clause, seed), detail)
+        self.run_alone(Run::of(clause, seed), detail)
+    }
+
+    fn carry_out(&self, assignment: &Arc<Assignment>, detail: Detail) -> RunReport {
+        self.run_alone(Run::of_script(assignment), detail)
     }
 }
 
@@ -291,7 +297,9 @@ impl Host {
     }
 
     fn open(&self, env: Arc<dyn Env>, clause: &Clause, records: &Records) -> Result<Setup, String> {
-        let dir = match clause.needs_faults.contains(&FaultKind::HostDiskFull) {
+        let fills = clause.needs_faults.contains(&FaultKind::HostDiskFull)
+            || (clause.group() == "history" && RunDir::can_be_full());
+        let dir = match fills {
             true => Arc::new(RunDir::that_can_be_full()?),
             false => Arc::new(RunDir::new()?),
         };
@@ -329,8 +337,8 @@ fn forks(clause: &Clause) -> bool {
         matches!(kind, FaultKind::VmmKilled | FaultKind::GuestPanic)
             || matches!(kind.scope(), FaultScope::Exec | FaultScope::File | FaultScope::Link)
     };
-    // Chaos draws its faults as it goes.
-    clause.group() != "chaos" && clause.needs_faults.iter().all(of_its_own)
+    // Chaos and histories draw their faults as they go.
+    !matches!(clause.group(), "chaos" | "history") && clause.needs_faults.iter().all(of_its_own)
 }
 
 impl SharedBench {

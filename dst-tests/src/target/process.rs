@@ -1,11 +1,11 @@
 //! The real guest agent as a process of this host.
 
 use super::{
-    Detail, RunReport, Target,
+    Detail, Run, RunReport, Target,
     recorder::Records,
     tokio::{Opened, run_in_real_time},
 };
-use crate::{clause::Clause, runner::cores, session::Limits};
+use crate::{clause::Clause, history::Assignment, runner::cores, session::Limits};
 use std::{
     collections::BTreeMap,
     fs,
@@ -87,13 +87,20 @@ impl Target for ProcessTarget {
     }
 
     fn run(&self, clause: &'static Clause, seed: u64, detail: Detail) -> RunReport {
-        let records = Records::new(detail);
-        let opened = records.clone();
-        let mut report =
-            run_in_real_time((clause, seed), Limits::REAL, |env| async move { open(env, &opened) });
-        report.timeline = records.take();
-        report
+        run(Run::of(clause, seed), detail)
     }
+
+    fn carry_out(&self, assignment: &Arc<Assignment>, detail: Detail) -> RunReport {
+        run(Run::of_script(assignment), detail)
+    }
+}
+
+fn run(run: Run, detail: Detail) -> RunReport {
+    let records = Records::new(detail);
+    let opened = records.clone();
+    let mut report = run_in_real_time(run, Limits::REAL, |env| async move { open(env, &opened) });
+    report.timeline = records.take();
+    report
 }
 
 fn open(env: Arc<dyn Env>, records: &Records) -> Result<Opened, String> {

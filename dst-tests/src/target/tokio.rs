@@ -1,9 +1,10 @@
 //! Backends on tokio and real time.
 
-use super::{Detail, RunReport, Target};
+use super::{Detail, Run, RunReport, Target};
 use crate::{
     clause::Clause,
     context::{Scratch, Setup},
+    history::Assignment,
     panics::{PanicSink, caught},
     session::{Kept, Limits, judge, keep},
 };
@@ -145,7 +146,7 @@ impl TokioTarget {
 
 /// Runs a clause on a backend that `open` makes, in a runtime of its own and real time.
 pub(super) fn run_in_real_time<B>(
-    run: (&'static Clause, u64),
+    run: Run,
     limits: Limits,
     open: impl FnOnce(Arc<dyn Env>) -> B,
 ) -> RunReport
@@ -161,7 +162,7 @@ where
 
 /// As [`run_in_real_time`], for what is more than an [`Opened`], and with the panics of other threads in `sink`.
 pub(super) fn run_setup<B>(
-    (clause, seed): (&'static Clause, u64),
+    run: Run,
     limits: Limits,
     sink: &PanicSink,
     open: impl FnOnce(Arc<dyn Env>) -> B,
@@ -175,7 +176,7 @@ where
         let end = runtime.block_on(async {
             let setup = open(real_env()).await?;
             let faults = setup.faults.clone();
-            let kept = keep(setup, (clause, seed), limits, tokio::time::sleep).await;
+            let kept = keep(setup, run, limits, tokio::time::sleep).await;
             Ok((kept, faults))
         });
         // Tasks that a backend leaves running must not keep the run from ending.
@@ -249,7 +250,11 @@ impl Target for TokioTarget {
     }
 
     fn run(&self, clause: &'static Clause, seed: u64, _detail: Detail) -> RunReport {
-        run_in_real_time((clause, seed), self.limits, |_| (self.factory)())
+        run_in_real_time(Run::of(clause, seed), self.limits, |_| (self.factory)())
+    }
+
+    fn carry_out(&self, assignment: &Arc<Assignment>, _detail: Detail) -> RunReport {
+        run_in_real_time(Run::of_script(assignment), self.limits, |_| (self.factory)())
     }
 }
 

@@ -4,7 +4,10 @@ use crate::{
     BAD_USAGE, Chosen, FAILED, INTERRUPTED, Problem, any_number, interrupt, outputs::Outputs, print,
 };
 use indicatif::{ProgressBar, ProgressStyle};
-use std::io::{IsTerminal, Write, stderr, stdout};
+use std::{
+    io::{IsTerminal, Write, stderr, stdout},
+    path::PathBuf,
+};
 use vm_dst::{
     filter::ClauseFilter,
     plan::Plan,
@@ -29,11 +32,22 @@ pub(crate) struct Arguments {
     /// The first of the seeds
     #[arg(long, value_name = "S", value_parser = any_number)]
     first_seed: Option<u64>,
+    /// Runs so many generated histories in place of the clauses; the first that fails is made small and saved
+    #[arg(long, value_name = "N", value_parser = any_number, conflicts_with_all = ["seeds", "clause", "json", "report", "junit", "shard"])]
+    histories: Option<u64>,
+    /// Where a failing history is saved
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "target/history.json",
+        requires = "histories"
+    )]
+    save: PathBuf,
     /// Runs only clauses whose id contains this, or matches it where it has a `*` or `?`
     #[arg(long, value_name = "GLOB")]
     clause: Vec<ClauseFilter>,
     #[command(flatten)]
-    chosen: Chosen,
+    pub(crate) chosen: Chosen,
     #[command(flatten)]
     outputs: Outputs,
     /// Runs only this part of it, as `2/4`: the second of four. `vmdst merge` puts the parts' --json together
@@ -102,6 +116,14 @@ impl Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<u8, Problem> {
+    if let Some(count) = arguments.histories {
+        let seeds = match arguments.seed {
+            Some(seed) => Seeds::one(seed, SeedSource::Option),
+            None => Seeds::range(arguments.first_seed.unwrap_or(0), count, SeedSource::Option)?,
+        };
+        let target = arguments.chosen.target()?;
+        return crate::histories::run(&target, seeds, arguments.twice, &arguments.save);
+    }
     let mut session = arguments.session()?;
     session.interrupt = interrupt::flag();
     print(&format!(
