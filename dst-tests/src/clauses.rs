@@ -35,6 +35,7 @@ mod lifecycle_boot;
 mod lifecycle_ends;
 mod lifecycle_table;
 mod lifecycle_told;
+mod meetings;
 mod metrics;
 mod pause;
 mod probe;
@@ -98,4 +99,5 @@ const GROUPS: &[&[Clause]] = &[
     metrics::CLAUSES,
     leftovers::CLAUSES,
     chaos::CLAUSES,
+    meetings::CLAUSES,
 ];
