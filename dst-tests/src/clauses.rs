@@ -37,6 +37,7 @@ mod lifecycle_ends;
 mod lifecycle_table;
 mod lifecycle_told;
 mod limits;
+mod meetings;
 mod metrics;
 mod mounts;
 mod network;
@@ -107,4 +108,5 @@ const GROUPS: &[&[Clause]] = &[
     metrics::CLAUSES,
     leftovers::CLAUSES,
     chaos::CLAUSES,
+    meetings::CLAUSES,
 ];

@@ -45,14 +45,14 @@ pub fn plant(_bug: Bug) -> Result<Planted, NotArmed> {
 /// A bug that is on. There is none in a build without them.
 #[cfg(not(feature = "armed"))]
 #[derive(Debug)]
-pub enum Planted {}
+pub struct Planted(());
 
 #[cfg(not(feature = "armed"))]
 impl Planted {
     /// Counts how often the bug's line was reached.
     #[must_use]
     pub fn reached(&self) -> u64 {
-        match *self {}
+        0
     }
 }
 

@@ -31,9 +31,6 @@ pub fn possible() -> Vec<Cell> {
     add(&all, &states(), &[None]);
     let of = |scope| of_scope(scope).map(Some).collect::<Vec<_>>();
     let guest: Vec<_> = all.iter().copied().filter(|it| it.is_some_and(O::needs_guest)).collect();
-    let files =
-        [O::ReadFile, O::WriteFile, O::Stat, O::ListDir, O::CreateDir, O::Remove, O::Rename]
-            .map(Some);
     let some = |operation: O| [Some(operation)];
 
     add(&some(O::Start), &DOWN, &of(S::Create));
@@ -54,8 +51,9 @@ pub fn possible() -> Vec<Cell> {
     add(&some(O::Start), &DOWN, &of(S::Link));
     add(&some(O::Resume), &["paused"], &of(S::Link));
     add(&[O::Exec, O::Spawn].map(Some), &["running"], &of(S::Exec));
-    add(&files, &["running"], &[Some(F::GuestIo), Some(F::SlowIo)]);
-    add(&[O::WriteFile, O::CreateDir].map(Some), &["running"], &[Some(F::GuestDiskFull)]);
+    // A disk fails, fills or is slow with contents, not with names.
+    add(&[O::ReadFile, O::WriteFile].map(Some), &["running"], &[Some(F::GuestIo), Some(F::SlowIo)]);
+    add(&some(O::WriteFile), &["running"], &[Some(F::GuestDiskFull)]);
     add(&some(O::Pause), &["running"], &of(S::Pause));
     add(&capture, &["running"], &of(S::Pause));
     add(&some(O::Resume), &["paused"], &of(S::Resume));

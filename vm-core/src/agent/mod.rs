@@ -312,14 +312,17 @@ impl Inner {
         }
     }
 
-    /// Puts the first frame of a connection together.
-    fn hello(&self, state: &ClientState, resume: bool) -> Frame {
-        Frame::Hello(Hello {
+    /// Puts the first frame of a connection together, and gives the streams that it names.
+    fn hello(&self, state: &ClientState, resume: bool) -> (Frame, Vec<StreamId>) {
+        let live: Vec<_> =
+            if resume { state.streams.keys().copied().collect() } else { Vec::new() };
+        let hello = Hello {
             version: vm_guest_protocol::PROTOCOL_VERSION,
             session: state.session,
             resume,
-            live: if resume { state.streams.keys().copied().collect() } else { Vec::new() },
-        })
+            live: live.clone(),
+        };
+        (Frame::Hello(hello), live)
     }
 }
 
