@@ -56,6 +56,7 @@ const CLAIMS: &[Capability] = &[
     Capability::RestoreInPlace,
     Capability::Inspect,
     Capability::IncrementalSnapshot,
+    Capability::Limits,
 ];
 
 /// Why machines of this kind cannot be made here.
@@ -262,6 +263,7 @@ impl Parcel {
             modules: prepared.image.modules_for(&needs),
             root,
             disks,
+            ..BootConfig::default()
         };
         let part = prepared.image.part_for(&boot);
         let boot_part = part.map_err(|error| MachineError::Failed(error.to_string()))?;

@@ -4,6 +4,7 @@ use crate::clause::Clause;
 
 mod boot_files;
 mod cancel;
+mod cancel_start;
 mod chaos;
 mod concurrency;
 mod config;
@@ -16,6 +17,7 @@ mod deadline;
 mod errors;
 mod events;
 mod exec;
+mod exec_large;
 mod exec_start;
 mod exec_timeout;
 mod files;
@@ -25,6 +27,7 @@ mod fork;
 mod guest_streams;
 mod history;
 mod incremental;
+mod incremental_bases;
 mod inspect;
 mod integrity;
 mod leftovers;
@@ -32,11 +35,16 @@ mod lifecycle;
 mod lifecycle_boot;
 mod lifecycle_ends;
 mod lifecycle_table;
+mod lifecycle_told;
+mod limits;
 mod metrics;
+mod mounts;
+mod network;
 mod pause;
 mod probe;
 mod process;
 mod process_attach;
+mod process_links;
 mod snapshot;
 mod snapshot_faults;
 mod streams;
@@ -55,8 +63,10 @@ const GROUPS: &[&[Clause]] = &[
     exec::CLAUSES,
     exec_start::CLAUSES,
     exec_timeout::CLAUSES,
+    exec_large::CLAUSES,
     process::CLAUSES,
     process_attach::CLAUSES,
+    process_links::CLAUSES,
     tty::CLAUSES,
     files::CLAUSES,
     files_atomic::CLAUSES,
@@ -65,10 +75,12 @@ const GROUPS: &[&[Clause]] = &[
     lifecycle_table::CLAUSES,
     lifecycle_boot::CLAUSES,
     lifecycle_ends::CLAUSES,
+    lifecycle_told::CLAUSES,
     pause::CLAUSES,
     snapshot::CLAUSES,
     snapshot_faults::CLAUSES,
     incremental::CLAUSES,
+    incremental_bases::CLAUSES,
     copies_streams::SNAPSHOT_CLAUSES,
     copies_time::SNAPSHOT_CLAUSES,
     copies_writes::SNAPSHOT_CLAUSES,
@@ -81,11 +93,15 @@ const GROUPS: &[&[Clause]] = &[
     vsock::CLAUSES,
     vsock_life::CLAUSES,
     cancel::CLAUSES,
+    cancel_start::CLAUSES,
     concurrency::CLAUSES,
     deadline::CLAUSES,
     config::CLAUSES,
     console_file::CLAUSES,
     boot_files::CLAUSES,
+    limits::CLAUSES,
+    mounts::CLAUSES,
+    network::CLAUSES,
     errors::CLAUSES,
     events::CLAUSES,
     metrics::CLAUSES,

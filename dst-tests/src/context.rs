@@ -161,6 +161,15 @@ impl Context {
         self.setup.host_dir.join(format!("{unique:016x}-{name}"))
     }
 
+    /// Makes a directory of the host, and what it stands in. It is no leftover where
+    /// [`host_path`](Self::host_path) named it.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub async fn make_host_dir(&self, path: &Path) -> io::Result<()> {
+        self.setup.host_fs.create_dir_all(path).await
+    }
+
     /// Reads a whole file of the host.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use crate::{clause::Clause, clauses, history::Assignment, seeds::Seeds};
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
-use vm_core::fault::FaultKind;
+use vm_core::{fault::FaultKind, timeline::TimelineLine};
 use vm_trait::Capabilities;
 
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
@@ -115,8 +115,13 @@ impl Run {
 pub enum Detail {
     /// The fingerprint only.
     Fingerprint,
-    /// Every event, to be shown as a timeline.
+    /// Every event where keeping it takes next to nothing, and only where the same seed would not do the same again.
+    /// The run is otherwise as with `Fingerprint`.
+    Record,
+    /// Every event but frames, to be shown as a timeline.
     Timeline,
+    /// Every event.
+    Frames,
 }
 
 /// What came of one run.
@@ -126,10 +131,14 @@ pub struct RunReport {
     pub broken: Option<String>,
     /// How often each fault happened.
     pub faults_fired: BTreeMap<FaultKind, u64>,
+    /// How often the check ordered each fault. Others happen of the target's own accord.
+    pub faults_ordered: BTreeMap<FaultKind, u64>,
     /// A hash of everything that happened, where the target is deterministic.
     pub fingerprint: Option<u128>,
     /// Everything that happened, a line each, where it was asked for.
-    pub timeline: Vec<String>,
+    pub timeline: Vec<TimelineLine>,
+    /// Whether it was given up, as a run that will never end.
+    pub given_up: bool,
 }
 
 /// Names the test of a clause on a backend: `sim::exec::every_exit_code`.

@@ -3,7 +3,7 @@
 use super::{
     Detail, Run, RunReport, Target,
     real::{FaultyHypervisor, FillingFs, RealFaults, RunDir},
-    recorder::Recorder,
+    recorder::Records,
     tokio::{real_env, real_time_runtime, run_setup},
 };
 use crate::{
@@ -192,7 +192,7 @@ impl KvmTarget {
         report
     }
 
-    fn run_alone(&self, run: Run, timeline: Option<Arc<Mutex<Vec<String>>>>) -> RunReport {
+    fn run_alone(&self, run: Run, detail: Detail) -> RunReport {
         let host = match self.host() {
             Ok(host) => host,
             Err(why) => return RunReport { broken: Some(why), ..RunReport::default() },
@@ -200,9 +200,12 @@ impl KvmTarget {
         let sink = PanicSink::default();
         let guard = sink.join();
         let clause = run.clause;
-        let report =
-            run_setup(run, LIMITS, &sink, |env| async { host.open(env, clause, timeline) });
+        let records = Records::new(detail);
+        let opened = records.clone();
+        let mut report =
+            run_setup(run, LIMITS, &sink, |env| async move { host.open(env, clause, &opened) });
         drop(guard);
+        report.timeline = records.take();
         report
     }
 }
@@ -245,24 +248,16 @@ impl Target for KvmTarget {
     }
 
     fn run(&self, clause: &'static Clause, seed: u64, detail: Detail) -> RunReport {
-        if (clause.shares_machine() || forks(clause)) && detail == Detail::Fingerprint {
+        // A record is made of machines that no other run has.
+        let beside_others = matches!(detail, Detail::Fingerprint | Detail::Record);
+        if (clause.shares_machine() || forks(clause)) && beside_others {
             return self.run_beside_others(Run::of(clause, seed));
         }
-        self.run_with_timeline(Run::of(clause, seed), detail)
+        self.run_alone(Run::of(clause, seed), detail)
     }
 
     fn carry_out(&self, assignment: &Arc<Assignment>, detail: Detail) -> RunReport {
-        self.run_with_timeline(Run::of_script(assignment), detail)
-    }
-}
-
-impl KvmTarget {
-    fn run_with_timeline(&self, run: Run, detail: Detail) -> RunReport {
-        let lines: Arc<Mutex<Vec<String>>> = Arc::default();
-        let timeline = (detail == Detail::Timeline).then(|| lines.clone());
-        let mut report = self.run_alone(run, timeline);
-        report.timeline = std::mem::take(&mut lines.lock().unwrap_or_else(PoisonError::into_inner));
-        report
+        self.run_alone(Run::of_script(assignment), detail)
     }
 }
 
@@ -301,29 +296,20 @@ impl Host {
         Backend { core, faults, made: Arc::default() }
     }
 
-    fn open(
-        &self,
-        env: Arc<dyn Env>,
-        clause: &Clause,
-        timeline: Option<Arc<Mutex<Vec<String>>>>,
-    ) -> Result<Setup, String> {
+    fn open(&self, env: Arc<dyn Env>, clause: &Clause, records: &Records) -> Result<Setup, String> {
         let fills = clause.needs_faults.contains(&FaultKind::HostDiskFull)
             || (clause.group() == "history" && RunDir::can_be_full());
         let dir = match fills {
             true => Arc::new(RunDir::that_can_be_full()?),
             false => Arc::new(RunDir::new()?),
         };
-        let observer: Arc<dyn Observer> = match timeline {
-            Some(lines) => Arc::new(Recorder::new(env.clone(), lines)),
-            None => Arc::new(NoObserver),
-        };
-        let backend = self.backend(env.clone(), observer, &dir);
+        let backend = self.backend(env.clone(), records.observer(&env), &dir);
         let (faults, launchers) = (backend.faults.clone(), backend.launchers(&self.hypervisor));
         let host_dir = dir.path().to_owned();
         Ok(Setup {
             backend: Arc::new(backend),
             env,
-            faults: Some(Arc::new(faults)),
+            faults: Some(records.faults(Arc::new(faults))),
             scratch: Arc::new(|_| "/tmp".to_owned()),
             host_dir,
             host_fs: Arc::new(StdFs),

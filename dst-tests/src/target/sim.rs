@@ -7,11 +7,11 @@ use crate::{
     environment::Environment,
     history::Assignment,
     panics::PanicSink,
-    session::{Limits, judge, keep},
+    session::{Kept, Limits, judge, keep},
 };
 use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 use vm_core::{fault::FaultKind, host_fs::HostFs};
-use vm_sim::{FaultPlan, SimBackend, Timeline, fault};
+use vm_sim::{Coverage, FaultPlan, SimBackend, Timeline, fault};
 use vm_trait::{Capabilities, VmBackend};
 
 /// The simulated backend in one of its environments.
@@ -93,28 +93,35 @@ impl Target for SimTarget {
     }
 
     fn run(&self, clause: &'static Clause, seed: u64, detail: Detail) -> RunReport {
-        self.simulate(Run::of(clause, seed), detail)
+        self.simulate(Run::of(clause, seed), detail, false).0
     }
 
     fn carry_out(&self, assignment: &Arc<Assignment>, detail: Detail) -> RunReport {
-        self.simulate(Run::of_script(assignment), detail)
+        self.simulate(Run::of_script(assignment), detail, false).0
     }
 }
 
 impl SimTarget {
-    fn simulate(&self, run: Run, detail: Detail) -> RunReport {
+    /// Runs one clause once, and counts what happened.
+    #[must_use]
+    pub fn run_counted(&self, clause: &'static Clause, seed: u64) -> (RunReport, Coverage) {
+        self.simulate(Run::of(clause, seed), Detail::Fingerprint, true)
+    }
+
+    fn simulate(&self, run: Run, detail: Detail, counted: bool) -> (RunReport, Coverage) {
         let sink = PanicSink::default();
         let guard = sink.join();
         let environment = self.environment;
         let (seed, through) = (run.seed, self.through.clone());
-        let run = environment.run(seed, move || simulate(environment, run, (detail, through)));
+        let run = environment
+            .run(seed, move || simulate(environment, run, (detail, counted, through)));
         drop(guard);
-        let (verdict, mut report) = match run.and_then(|built| built) {
-            Ok((broken, report)) => (Ok(broken), report),
-            Err(text) => (Err(text), RunReport::default()),
+        let (verdict, mut report, coverage) = match run.and_then(|built| built) {
+            Ok((broken, report, coverage)) => (Ok(broken), report, coverage),
+            Err(text) => (Err(text), RunReport::default(), Coverage::default()),
         };
         report.broken = judge(verdict, &sink);
-        report
+        (report, coverage)
     }
 }
 
@@ -127,8 +134,8 @@ impl fmt::Debug for SimTarget {
 async fn simulate(
     environment: Environment,
     run: Run,
-    (detail, through): (Detail, Option<Arc<Through>>),
-) -> Result<(Option<String>, RunReport), String> {
+    (detail, counted, through): (Detail, bool, Option<Arc<Through>>),
+) -> Result<(Option<String>, RunReport, Coverage), String> {
     let (clause, seed) = (run.clause, run.seed);
     let faults = match seed % 2 {
         0 => FaultPlan::none(),
@@ -136,13 +143,16 @@ async fn simulate(
         _ => FaultPlan::benign_swarm(seed),
     };
     let timeline = match detail {
-        Detail::Fingerprint => Timeline::Off,
+        // The same seed does the same again: what is wanted can be written down then.
+        Detail::Fingerprint | Detail::Record => Timeline::Off,
         Detail::Timeline => Timeline::Events,
+        Detail::Frames => Timeline::Frames,
     };
     let backend = SimBackend::builder()
         .seed(seed)
         .faults(faults)
         .timeline(timeline)
+        .coverage(counted)
         .build()
         .map_err(|error| error.to_string())?;
     let host = backend.clone();
@@ -164,12 +174,13 @@ async fn simulate(
         },
     };
     let sleep = |duration| environment.sleep(duration);
-    let broken = keep(setup, run, Limits::SIMULATED, sleep).await;
+    let Kept { broken, faults_ordered } = keep(setup, run, Limits::SIMULATED, sleep).await;
     let report = RunReport {
-        broken: None,
+        faults_ordered,
         faults_fired: backend.fault_control().fired(),
         fingerprint: Some(backend.fingerprint()),
-        timeline: backend.timeline().iter().map(ToString::to_string).collect(),
+        timeline: backend.timeline(),
+        ..RunReport::default()
     };
-    Ok((broken, report))
+    Ok((broken, report, backend.coverage()))
 }

@@ -6,10 +6,10 @@ use crate::{
     context::{Scratch, Setup},
     history::Assignment,
     panics::{PanicSink, caught},
-    session::{Limits, judge, keep},
+    session::{Kept, Limits, judge, keep},
 };
 use futures_core::future::BoxFuture;
-use std::{fmt, future::Future, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, fmt, future::Future, path::PathBuf, sync::Arc, time::Duration};
 use tokio::runtime::{self, Runtime};
 use vm_core::{
     env::{Env, TokioEnv},
@@ -176,8 +176,8 @@ where
         let end = runtime.block_on(async {
             let setup = open(real_env()).await?;
             let faults = setup.faults.clone();
-            let broken = keep(setup, run, limits, tokio::time::sleep).await;
-            Ok((broken, faults))
+            let kept = keep(setup, run, limits, tokio::time::sleep).await;
+            Ok((kept, faults))
         });
         // Tasks that a backend leaves running must not keep the run from ending.
         runtime.shutdown_timeout(Duration::from_secs(5));
@@ -185,12 +185,13 @@ where
     };
     let end = caught(work).and_then(|end| end);
     drop(guard);
-    let (verdict, faults) = match end {
-        Ok((broken, faults)) => (Ok(broken), faults),
-        Err(text) => (Err(text), None),
+    let (verdict, faults_ordered, faults) = match end {
+        Ok((Kept { broken, faults_ordered }, faults)) => (Ok(broken), faults_ordered, faults),
+        Err(text) => (Err(text), BTreeMap::new(), None),
     };
     RunReport {
         broken: judge(verdict, sink),
+        faults_ordered,
         faults_fired: faults.map(|faults| faults.fired()).unwrap_or_default(),
         ..RunReport::default()
     }

@@ -4,6 +4,7 @@
 
 use proptest::prelude::*;
 use std::{
+    fs,
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::Path,
     thread,
@@ -13,7 +14,7 @@ use vm_guest_agent::{
     linux::{LinuxOs, Scope, proc_table, remove_tree},
     os::{Child, ChildExit, Errno, GuestOs, Output, ReadOutcome, SpawnSpec, Spawned},
 };
-use vm_guest_protocol::{EntryKind, TermSize};
+use vm_guest_protocol::{EntryKind, ResourceLimit, TermSize};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -26,6 +27,7 @@ fn sh(script: &str) -> SpawnSpec {
         ids: None,
         tty: None,
         stdin: false,
+        limits: Vec::new(),
     }
 }
 
@@ -393,4 +395,74 @@ fn a_tree_is_removed_whatever_stands_in_it() {
     remove_tree(&root).unwrap();
     assert!(!root.exists() && outside.exists());
     remove_tree(&root).unwrap();
+}
+
+#[test]
+fn limits_are_those_of_the_program_and_not_of_the_agent() {
+    let own = || fs::read_to_string("/proc/self/limits").unwrap();
+    let before = own();
+    let mut os = os();
+    let limit = |resource, soft, hard| ResourceLimit { resource, soft, hard };
+    let limits = vec![limit(1, 4096, 8192), limit(4, 0, 0), limit(7, 17, 23)];
+    let spec =
+        SpawnSpec { limits, ..sh("ulimit -n; ulimit -Hn; ulimit -c; exec cat /proc/self/limits") };
+    let (stdout, _, exit) = finish(&mut os, &spec);
+    assert_eq!(exit, ChildExit::Exited(0));
+    let shown = String::from_utf8(stdout).unwrap();
+    assert!(shown.starts_with("17\n23\n0\n"), "{shown}");
+    let row = |name: &str| -> Vec<String> {
+        let row = shown.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        row.split_whitespace().take(2).map(str::to_owned).collect()
+    };
+    assert_eq!(row("Max file size"), ["4096", "8192"]);
+    assert_eq!(row("Max open files"), ["17", "23"]);
+    assert_eq!(own(), before);
+}
+
+#[test]
+fn each_of_the_sixteen_limits_is_set() {
+    const AMOUNTS: [u64; 16] = [
+        9_000,
+        1 << 20,
+        1 << 30,
+        1 << 20,
+        11,
+        1 << 30,
+        3_000,
+        64,
+        12 << 10,
+        1 << 40,
+        13,
+        14,
+        15,
+        0,
+        0,
+        1 << 40,
+    ];
+    let limits = (0..).zip(AMOUNTS).map(|(resource, amount)| ResourceLimit {
+        resource,
+        soft: amount,
+        hard: amount,
+    });
+    let spec = SpawnSpec { limits: limits.collect(), ..sh("exec cat /proc/self/limits") };
+    let (stdout, _, _) = finish(&mut os(), &spec);
+    let table = String::from_utf8(stdout).unwrap();
+    // Words of the name, soft, hard and unit; the first row is the heading.
+    for (row, amount) in table.lines().skip(1).zip(AMOUNTS) {
+        let shown: Vec<&str> = row[25..].split_whitespace().take(2).collect();
+        assert_eq!(shown, [amount.to_string(), amount.to_string()], "{row}");
+    }
+    assert_eq!(table.lines().count(), 17);
+}
+
+#[test]
+fn a_file_that_grows_beyond_its_limit_ends_the_program() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    let mut os = os();
+    let limits = vec![ResourceLimit { resource: 1, soft: 5000, hard: 5000 }];
+    let script = format!("exec head -c 9000 /dev/zero > {}", text(&file));
+    let (_, _, exit) = finish(&mut os, &SpawnSpec { limits, ..sh(&script) });
+    assert_eq!(exit, ChildExit::Signaled(25));
+    assert_eq!(fs::metadata(&file).unwrap().len(), 5000);
 }

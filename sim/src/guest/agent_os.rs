@@ -3,6 +3,7 @@
 use super::{
     fault::{OsFault, SysCall},
     kernel::{AgentChild, SimOs},
+    limits::Limits,
     pipe::Taken,
     process::{AGENT, Descriptor, Opened, PROCESS_MEMORY, Process},
     program::ProgramSlot,
@@ -17,6 +18,7 @@ use vm_guest_agent::os::{
     Child, ChildExit, Errno, Fd, GuestOs, Output, ReadOutcome, SpawnSpec, Spawned, SysResult,
 };
 use vm_guest_protocol::{EntryKind, StatEntry, TermSize};
+use vm_planted_bugs::{Bug, planted};
 
 /// What a started process's new files are not given.
 const UMASK: u32 = 0o022;
@@ -63,6 +65,7 @@ impl SimOs {
             caught: 0,
             pending: 0,
             memory: PROCESS_MEMORY,
+            limits: Limits::of(&spec.limits),
             tty: None,
             child_of_agent: None,
         })
@@ -149,6 +152,9 @@ impl SimOs {
 
     fn open_agent_file(&mut self, path: &str, flags: OpenFlags, mode: u32) -> SysResult<Fd> {
         self.agent_fault(&SysCall::Open { pid: AGENT, path, write: flags.write })?;
+        if self.kernel.leads_to_share(AGENT, path) {
+            self.agent_fault(&SysCall::Share { pid: AGENT, write: false })?;
+        }
         let ino = self.kernel.on_vfs(AGENT, |vfs, who| vfs.open(who, path, flags, mode))?;
         if self.kernel.vfs.is_dir(ino) {
             return Err(Errno::ISDIR);
@@ -161,6 +167,16 @@ impl SimOs {
             Opened::Inode(ino)
         };
         Ok(self.add_agent_file(what, flags))
+    }
+
+    /// Lets faults of the host's happen where the agent works on a directory of the host.
+    fn agent_fault_of_file(&mut self, file: u32, write: bool) -> SysResult<()> {
+        match self.kernel.files.get(&file).map(|open| &open.what) {
+            Some(Opened::Inode(ino)) if self.kernel.vfs.is_shared(*ino) => {
+                self.agent_fault(&SysCall::Share { pid: AGENT, write })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Signals the terminal's foreground group as typed characters ask.
@@ -276,7 +292,9 @@ impl GuestOs for SimOs {
         if pty.size != (size.rows, size.cols) {
             pty.size = (size.rows, size.cols);
             let group = pty.group;
-            self.kernel.signal_group(group, signals::WINCH);
+            if !planted(Bug::ResizeIsSilent) {
+                self.kernel.signal_group(group, signals::WINCH);
+            }
         }
         Ok(())
     }
@@ -295,6 +313,9 @@ impl GuestOs for SimOs {
         if held.exit.is_none() {
             let process = self.kernel.processes.get(&held.pid)?;
             held.exit = process.exit;
+            if planted(Bug::StatusOfAnother) && process.exit.is_some() {
+                held.exit = self.kernel.processes.values().rev().find_map(|other| other.exit);
+            }
             if held.exit.is_some() {
                 self.kernel.processes.remove(&held.pid);
             }
@@ -351,12 +372,14 @@ impl GuestOs for SimOs {
     fn read(&mut self, fd: Fd, max: usize) -> SysResult<Bytes> {
         self.agent_fault(&SysCall::Read { pid: AGENT })?;
         let file = self.agent_file(fd)?;
+        self.agent_fault_of_file(file, false)?;
         self.kernel.read_file(file, max)
     }
 
     fn write_all(&mut self, fd: Fd, bytes: &[u8]) -> SysResult<()> {
         self.agent_fault(&SysCall::Write { pid: AGENT, len: bytes.len() })?;
         let file = self.agent_file(fd)?;
+        self.agent_fault_of_file(file, true)?;
         let mut rest = Bytes::copy_from_slice(bytes);
         while !rest.is_empty() {
             let taken = self.kernel.write_file(file, rest.clone())?;
@@ -368,6 +391,7 @@ impl GuestOs for SimOs {
     fn sync_file(&mut self, fd: Fd) -> SysResult<()> {
         self.agent_fault(&SysCall::Sync { pid: AGENT })?;
         let file = self.agent_file(fd)?;
+        self.agent_fault_of_file(file, false)?;
         self.kernel.sync_file_of(file)
     }
 

@@ -2,6 +2,7 @@
 
 use super::{kernel::Kernel, process::AGENT};
 use vm_guest_agent::os::{ChildExit, Errno, SysResult};
+use vm_planted_bugs::{Bug, planted};
 
 pub(super) const HUP: u8 = 1;
 pub(super) const KILL: u8 = 9;
@@ -13,12 +14,13 @@ const STOP: u8 = 19;
 const TSTP: u8 = 20;
 const TTOU: u8 = 22;
 const URG: u8 = 23;
+pub(super) const XFSZ: u8 = 25;
 pub(super) const WINCH: u8 = 28;
 /// The highest signal.
 pub(super) const MAX: u8 = 64;
 
 /// Signals by name, as `kill` and `trap` know them.
-pub(super) const NAMES: [(&str, u8); 24] = [
+pub(super) const NAMES: [(&str, u8); 26] = [
     ("HUP", 1),
     ("INT", 2),
     ("QUIT", 3),
@@ -41,6 +43,8 @@ pub(super) const NAMES: [(&str, u8); 24] = [
     ("TTIN", 21),
     ("TTOU", 22),
     ("URG", 23),
+    ("XCPU", 24),
+    ("XFSZ", 25),
     ("WINCH", 28),
     ("PWR", 30),
 ];
@@ -69,7 +73,7 @@ impl Kernel {
         let mask = bit(signal);
         match signal {
             KILL => {}
-            CONT => process.stopped = false,
+            CONT => process.stopped = planted(Bug::StoppedStaysStopped) && process.stopped,
             STOP => {
                 process.stopped = true;
                 return;
@@ -97,6 +101,7 @@ impl Kernel {
             .iter()
             .filter(|(_, it)| it.group == group)
             .map(|(pid, _)| *pid)
+            .filter(|pid| *pid == group || !planted(Bug::KillMissesChildren))
             .collect();
         if signal != 0 {
             members.iter().for_each(|pid| self.send_signal(*pid, signal));

@@ -17,6 +17,7 @@ use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use vm_guest_protocol::{
     AGENT_PORT, Decoder, Frame, PROTOCOL_VERSION, Request, StreamId, Welcome, encode,
 };
+use vm_planted_bugs::{Bug, planted};
 use vm_trait::VmErrorKind;
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(5);
@@ -330,12 +331,12 @@ impl Inner {
             }
             self.announce(&mut state, id);
         }
-        if back {
+        if back && !planted(Bug::ReconnectsAreNotCounted) {
             state.reconnects += 1;
         }
         state.wake_up_waiters();
         drop(state);
-        if back {
+        if back && !planted(Bug::ReturnIsNotTold) {
             self.tell_listener(true);
         }
     }

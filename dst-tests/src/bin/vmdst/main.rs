@@ -15,10 +15,14 @@ use vm_dst::{
 };
 
 mod bench;
+mod coverage;
 mod diff;
 mod doctor;
 mod histories;
 mod interrupt;
+mod merge;
+mod mutants;
+mod outputs;
 mod replay;
 mod run;
 mod shrink;
@@ -46,6 +50,8 @@ struct Cli {
 enum Command {
     /// Runs clauses under many seeds
     Run(run::Arguments),
+    /// Puts the reports of several machines or backends together
+    Merge(merge::Arguments),
     /// Runs one clause with one seed, or a script from a file, and prints everything that happens
     Replay(replay::Arguments),
     /// Makes a failing script small
@@ -62,6 +68,10 @@ enum Command {
     Doctor,
     /// Measures the simulator
     Bench(bench::Arguments),
+    /// Counts which operations meet which states and faults, and says what never happened
+    Coverage(coverage::Arguments),
+    /// Runs the contract against each planted bug and says which clause notices it
+    Mutants(mutants::Arguments),
     /// Restores, forks or boots machines many times in a row, and says how often it went well
     Soak(soak::Arguments),
 }
@@ -163,6 +173,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Run(arguments) => run::run(&arguments),
+        Command::Merge(arguments) => merge::run(&arguments),
         Command::Replay(arguments) => replay::run(&arguments),
         Command::Shrink(arguments) => shrink::run(&arguments),
         Command::Diff(arguments) => diff::run(&arguments),
@@ -172,6 +183,8 @@ fn main() -> ExitCode {
         }
         Command::Doctor => doctor::run(),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Coverage(arguments) => coverage::run(&arguments),
+        Command::Mutants(arguments) => mutants::run(&arguments),
         Command::Soak(arguments) => soak::run(&arguments),
     };
     match result {

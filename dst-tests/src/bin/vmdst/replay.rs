@@ -1,9 +1,10 @@
 //! `vmdst replay`.
 
 use crate::{Chosen, FAILED, Problem, any_number, print};
-use std::{path::PathBuf, sync::mpsc};
+use std::path::PathBuf;
 use vm_dst::{
     plan::{self, Plan},
+    record::run_patiently,
     target::{Detail, RunReport},
 };
 
@@ -47,11 +48,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8, Problem> {
         target.environment(),
         clause.promise
     ))?;
-    let (send, receive) = mpsc::channel();
-    let (runs_on, seed, patience) = (target.clone(), *seed, target.patience());
-    // A thread of its own, so that a run that never ends can be given up.
-    std::thread::spawn(move || send.send(runs_on.run(clause, seed, Detail::Timeline)));
-    let report = receive.recv_timeout(patience).map_err(|_| {
+    // Given up where it never ends.
+    let report = run_patiently(&target, (clause, *seed), Detail::Timeline).ok_or_else(|| {
+        let patience = target.patience();
         Problem::failed(format!("the run did not end within {patience:?} of real time: a livelock"))
     })?;
     print(&text(&report))?;
@@ -62,7 +61,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8, Problem> {
 pub(crate) fn text(report: &RunReport) -> String {
     // What the console said may have several lines.
     let indent = format!("\n{:36}", "");
-    let shown = report.timeline.iter().map(|line| line.trim_end().replace('\n', &indent));
+    let shown =
+        report.timeline.iter().map(|line| line.to_string().trim_end().replace('\n', &indent));
     let mut lines: Vec<_> = shown.collect();
     if !lines.is_empty() {
         lines.push(String::new());

@@ -8,8 +8,9 @@ use super::{
 use crate::os::{Errno, GuestOs, SpawnSpec, Spawned, SysResult};
 use bytes::BytesMut;
 use vm_guest_protocol::{
-    EntryKind, ExecSpec, GuestError, GuestErrorKind, MAX_DATA, StatEntry, UserSpec,
+    EntryKind, ExecSpec, GuestError, GuestErrorKind, MAX_DATA, MAX_LIMITS, StatEntry, UserSpec,
 };
+use vm_planted_bugs::{Bug, planted};
 
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -19,14 +20,14 @@ const MAX_PASSWD: usize = 4 << 20;
 /// Starts a program.
 pub(super) fn spawn(request: ExecSpec, os: &mut dyn GuestOs) -> Result<Spawned, GuestError> {
     check(&request)?;
-    let ExecSpec { program, args, env, cwd, user, tty, stdin, .. } = request;
+    let ExecSpec { program, args, env, cwd, user, tty, stdin, limits, .. } = request;
     let ids = user.map(|user| ids_of(user, os)).transpose()?;
     let cwd = cwd.unwrap_or_else(|| "/".to_owned());
     check_directory(&cwd, ids, os)?;
     let mut argv = Vec::with_capacity(args.len() + 1);
     argv.push(program);
     argv.extend(args);
-    let mut spec = SpawnSpec { path: String::new(), argv, env, cwd, ids, tty, stdin };
+    let mut spec = SpawnSpec { path: String::new(), argv, env, cwd, ids, tty, stdin, limits };
     let spawned = spawn_first(&mut spec, os)?;
     if tty.is_some() && !stdin {
         // A terminal is its own standard input, and the host will not end it.
@@ -45,7 +46,12 @@ fn check(request: &ExecSpec) -> Result<(), GuestError> {
         || request
             .env
             .iter()
-            .any(|(name, value)| name.is_empty() || name.contains('=') || nul(name) || nul(value));
+            .any(|(name, value)| name.is_empty() || name.contains('=') || nul(name) || nul(value))
+        || request.limits.iter().enumerate().any(|(index, limit)| {
+            usize::from(limit.resource) >= MAX_LIMITS
+                || limit.soft > limit.hard
+                || request.limits[..index].iter().any(|other| other.resource == limit.resource)
+        });
     if bad { Err(refused(GuestErrorKind::InvalidArgument, &request.program)) } else { Ok(()) }
 }
 
@@ -75,6 +81,7 @@ fn spawn_first(spec: &mut SpawnSpec, os: &mut dyn GuestOs) -> Result<Spawned, Gu
         }
         match try_spawn(spec, os) {
             Ok(spawned) => return Ok(spawned),
+            Err(Errno::NOENT) if planted(Bug::SearchStopsEarly) => break,
             Err(Errno::NOENT | Errno::NOTDIR | Errno::NAMETOOLONG) => {}
             Err(Errno::ACCES | Errno::ISDIR) => first = first.or(Some(Errno::ACCES)),
             Err(errno) => return Err(refusal(errno, spec)),
@@ -166,7 +173,8 @@ fn ids_of(user: UserSpec, os: &mut dyn GuestOs) -> Result<(u32, u32), GuestError
         if fields.next()? != name {
             return None;
         }
-        Some((fields.nth(1)?.parse().ok()?, fields.next()?.parse().ok()?))
+        let ids = (fields.nth(1)?.parse().ok()?, fields.next()?.parse().ok()?);
+        Some(if planted(Bug::UserKeepsRootGroup) { (ids.0, 0) } else { ids })
     });
     found.ok_or_else(|| unknown(Errno(0)))
 }
