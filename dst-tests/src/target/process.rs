@@ -98,8 +98,7 @@ impl Target for ProcessTarget {
 fn run(run: Run, detail: Detail) -> RunReport {
     let records = Records::new(detail);
     let opened = records.clone();
-    let mut report =
-        run_in_real_time(run, Limits::REAL, |env| async move { open(env, &opened) });
+    let mut report = run_in_real_time(run, Limits::REAL, |env| async move { open(env, &opened) });
     report.timeline = records.take();
     report
 }

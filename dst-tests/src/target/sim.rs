@@ -113,8 +113,8 @@ impl SimTarget {
         let guard = sink.join();
         let environment = self.environment;
         let (seed, through) = (run.seed, self.through.clone());
-        let run = environment
-            .run(seed, move || simulate(environment, run, (detail, counted, through)));
+        let run =
+            environment.run(seed, move || simulate(environment, run, (detail, counted, through)));
         drop(guard);
         let (verdict, mut report, coverage) = match run.and_then(|built| built) {
             Ok((broken, report, coverage)) => (Ok(broken), report, coverage),
