@@ -6,7 +6,7 @@ use vm_core::{fault::FaultKind, timeline::TimelineLine};
 use vm_trait::Capabilities;
 
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-mod kvm;
+mod launchers;
 mod process;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod real;
@@ -15,7 +15,7 @@ mod sim;
 mod tokio;
 
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-pub use kvm::KvmTarget;
+pub use launchers::{KrunTarget, KvmTarget, LauncherTarget, Launchers};
 
 pub use process::ProcessTarget;
 pub use sim::{SimTarget, Through};

@@ -114,7 +114,7 @@ impl SimTarget {
         let environment = self.environment;
         let (seed, through) = (run.seed, self.through.clone());
         let run =
-            environment.run(seed, move || simulate(environment, run, (detail, counted, through)));
+            environment.run(seed, move || simulate(environment, run, (detail, counted), through));
         drop(guard);
         let (verdict, mut report, coverage) = match run.and_then(|built| built) {
             Ok((broken, report, coverage)) => (Ok(broken), report, coverage),
@@ -134,7 +134,8 @@ impl fmt::Debug for SimTarget {
 async fn simulate(
     environment: Environment,
     run: Run,
-    (detail, counted, through): (Detail, bool, Option<Arc<Through>>),
+    (detail, counted): (Detail, bool),
+    through: Option<Arc<Through>>,
 ) -> Result<(Option<String>, RunReport, Coverage), String> {
     let (clause, seed) = (run.clause, run.seed);
     let faults = match seed % 2 {

@@ -11,7 +11,7 @@ use vm_dst::{
     contract_doc,
     environment::Environment,
     seeds::{BadSeeds, number},
-    target::{KvmTarget, ProcessTarget, SimTarget, Target},
+    target::{KrunTarget, KvmTarget, ProcessTarget, SimTarget, Target},
 };
 
 mod bench;
@@ -95,6 +95,8 @@ enum Backend {
     Process,
     /// Machines of KVM
     Kvm,
+    /// Machines of libkrun
+    Libkrun,
 }
 
 impl Chosen {
@@ -110,6 +112,7 @@ impl Chosen {
             Backend::Sim => Arc::new(SimTarget::new(self.environment()?)),
             Backend::Process => Arc::new(ProcessTarget::new()),
             Backend::Kvm => Arc::new(KvmTarget::new()),
+            Backend::Libkrun => Arc::new(KrunTarget::new()),
         })
     }
 
@@ -170,6 +173,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 fn main() -> ExitCode {
     vm_backend_process::run_agent_if_asked();
     vm_backend_kvm::run_launcher_if_asked();
+    vm_backend_libkrun::run_launcher_if_asked();
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Run(arguments) => run::run(&arguments),

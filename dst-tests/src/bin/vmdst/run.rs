@@ -33,7 +33,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "S", value_parser = any_number)]
     first_seed: Option<u64>,
     /// Runs so many generated histories in place of the clauses; the first that fails is made small and saved
-    #[arg(long, value_name = "N", value_parser = any_number, conflicts_with_all = ["seeds", "clause"])]
+    #[arg(long, value_name = "N", value_parser = any_number, conflicts_with_all = ["seeds", "clause", "json", "report", "junit", "shard"])]
     histories: Option<u64>,
     /// Where a failing history is saved
     #[arg(
@@ -47,7 +47,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "GLOB")]
     clause: Vec<ClauseFilter>,
     #[command(flatten)]
-    chosen: Chosen,
+    pub(crate) chosen: Chosen,
     #[command(flatten)]
     outputs: Outputs,
     /// Runs only this part of it, as `2/4`: the second of four. `vmdst merge` puts the parts' --json together

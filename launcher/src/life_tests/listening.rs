@@ -109,7 +109,7 @@ fn what_the_guest_opens_is_accepted_bounded_and_refused() {
 
 /// Listens, and once the launcher is ready sends until no more finds room.
 async fn listen_and_stuff(
-    machine: &crate::machine::KvmMachine,
+    machine: &crate::machine::LauncherMachine,
     is_ready: &mut UnboundedReceiver<()>,
 ) -> Box<dyn Acceptor> {
     let acceptor = machine.listen(7).await.unwrap();

@@ -3,7 +3,7 @@
 use super::*;
 use crate::{
     control::{Stats, Status},
-    machine::KvmMachine,
+    machine::LauncherMachine,
 };
 use proptest::{collection::vec, prelude::*};
 use rustix::{
@@ -31,9 +31,9 @@ use vm_trait::VmId;
 mod listening;
 
 /// Makes the machine of a life.
-fn machine_of(life: Arc<Life>) -> KvmMachine {
+fn machine_of(life: Arc<Life>) -> LauncherMachine {
     let spec = MachineSpec { vm: VmId(1), life: 1, config: Arc::default(), loads: false };
-    KvmMachine::new(&spec, life, &Arc::default())
+    LauncherMachine::new(&spec, life, &Arc::default())
 }
 
 const SOON: Duration = Duration::from_secs(20);
@@ -154,7 +154,7 @@ fn requests_are_answered_in_any_order() {
             assert_eq!(request, Request::Stats);
             let (two, request, _) = fake.hear_request().unwrap();
             assert_eq!(request, Request::Status);
-            let stats = Stats { vcpu_time_ns: 7, vm_exits: 8, guest_resident_bytes: 9 };
+            let stats = Stats { vcpu_time_ns: 7, vm_exits: Some(8), guest_resident_bytes: 9 };
             fake.reply(two, Ok(Answer::Status(Status::Paused)));
             fake.reply(one, Ok(Answer::Stats(stats)));
             let (id, _, _) = fake.hear_request().unwrap();
@@ -285,6 +285,7 @@ fn a_set_up_is_refused_with_its_field() {
             console_file: false,
             console_file_limit: 0,
             disks: Vec::new(),
+            shares: Vec::new(),
             vsock_cid: 3,
         };
         let files = [File::open("/dev/null").unwrap(), File::open("/dev/zero").unwrap()];

@@ -21,13 +21,13 @@ const SEND_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The launcher's end of the control socket. Packets are whole, so any thread may send.
 #[derive(Debug)]
-pub(super) struct Channel {
+pub struct Channel {
     socket: OwnedFd,
 }
 
 /// What came from the owner.
 #[derive(Debug)]
-pub(super) enum Received {
+pub enum Received {
     /// A message with its descriptors.
     Message(ToLauncher, Vec<OwnedFd>),
     /// Nothing is there.
@@ -38,7 +38,8 @@ pub(super) enum Received {
 
 impl Channel {
     /// Speaks through this socket.
-    pub(super) fn new(socket: OwnedFd) -> Self {
+    #[must_use]
+    pub fn new(socket: OwnedFd) -> Self {
         Self { socket }
     }
 
@@ -46,7 +47,7 @@ impl Channel {
     ///
     /// # Errors
     /// When the socket fails, or the packet is none of the protocol's.
-    pub(super) fn receive(&self, buffer: &mut Vec<u8>) -> io::Result<Received> {
+    pub fn receive(&self, buffer: &mut Vec<u8>) -> io::Result<Received> {
         buffer.resize(MAX_PACKET, 0);
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
@@ -83,7 +84,7 @@ impl Channel {
     ///
     /// # Errors
     /// When the owner is gone or does not read.
-    pub(super) fn send(&self, message: &FromLauncher) -> io::Result<()> {
+    pub fn send(&self, message: &FromLauncher) -> io::Result<()> {
         self.send_with(message, None)
     }
 
@@ -91,11 +92,7 @@ impl Channel {
     ///
     /// # Errors
     /// As [`send`](Self::send).
-    pub(super) fn send_with(
-        &self,
-        message: &FromLauncher,
-        fd: Option<BorrowedFd<'_>>,
-    ) -> io::Result<()> {
+    pub fn send_with(&self, message: &FromLauncher, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let deadline = Instant::now() + SEND_PATIENCE;
         while !self.try_send(message, fd)? {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -116,11 +113,7 @@ impl Channel {
     ///
     /// # Errors
     /// When the owner is gone.
-    pub(super) fn try_send(
-        &self,
-        message: &FromLauncher,
-        fd: Option<BorrowedFd<'_>>,
-    ) -> io::Result<bool> {
+    pub fn try_send(&self, message: &FromLauncher, fd: Option<BorrowedFd<'_>>) -> io::Result<bool> {
         let packet = postcard::to_allocvec(message).map_err(io::Error::other)?;
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);

@@ -10,7 +10,7 @@ use std::{
 
 /// Which process this is after [`split`].
 #[derive(Debug)]
-pub(super) enum Side {
+pub enum Side {
     /// The one that was there before, with the number of the copy, which may have ended already.
     Original(Pid),
     /// The copy.
@@ -25,7 +25,7 @@ pub(super) enum Side {
 ///
 /// # Errors
 /// When the host has no more processes or memory.
-pub(super) fn split() -> io::Result<Side> {
+pub fn split() -> io::Result<Side> {
     // SAFETY: by the caller's promise the other threads hold no lock that the copy takes; the C library sees to its own.
     match unsafe { libc::fork() } {
         0 => Ok(Side::Copy),
@@ -44,7 +44,7 @@ pub(super) fn split() -> io::Result<Side> {
 ///
 /// # Errors
 /// When its owner is gone already.
-pub(super) fn become_launcher(
+pub fn become_launcher(
     lifeline: &OwnedFd,
     messages: &OwnedFd,
     kept: &[BorrowedFd<'_>],
@@ -63,7 +63,7 @@ pub(super) fn become_launcher(
 ///
 /// # Errors
 /// When the kernel is too old for close_range(2).
-pub(super) fn keep_only(kept: &[BorrowedFd<'_>]) -> io::Result<()> {
+pub fn keep_only(kept: &[BorrowedFd<'_>]) -> io::Result<()> {
     let mut kept: Vec<RawFd> = kept.iter().map(AsRawFd::as_raw_fd).collect();
     kept.extend([libc::STDIN_FILENO, libc::STDOUT_FILENO, libc::STDERR_FILENO]);
     kept.sort_unstable();
@@ -87,7 +87,7 @@ fn close_between(low: RawFd, high: RawFd) -> io::Result<()> {
 }
 
 /// Lets the kernel reap the copies that this process makes.
-pub(super) fn leave_copies_to_kernel() {
+pub fn leave_copies_to_kernel() {
     // SAFETY: ignoring a signal runs no code of ours; this process has no other children that it waits for.
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
 }

@@ -26,7 +26,7 @@ const SETTLED: Duration = Duration::from_secs(2);
 /// read again when anything in it has another name, inode, size, mode, owner or time than when it was read; one in
 /// which something changed within the last two seconds is read again always, because the times of files are coarse.
 #[derive(Debug, Default)]
-pub(crate) struct Images {
+pub struct Images {
     kernel: Option<PathBuf>,
     modules: Option<PathBuf>,
     shelf: Mutex<Shelf>,
@@ -34,11 +34,13 @@ pub(crate) struct Images {
 
 /// A kernel and an initial file system with its modules.
 #[derive(Clone, Debug)]
-pub(crate) struct Prepared {
-    pub(crate) kernel: KernelFile,
-    pub(crate) image: Image,
+pub struct Prepared {
+    /// The kernel as an ELF file.
+    pub kernel: KernelFile,
+    /// The initial file system.
+    pub image: Image,
     /// Whether the kernel finds virtio devices in the tables of ACPI.
-    pub(crate) devices_by_acpi: bool,
+    pub devices_by_acpi: bool,
 }
 
 #[derive(Debug, Default)]
@@ -70,7 +72,9 @@ struct Slot {
 }
 
 impl Images {
-    pub(crate) fn new(kernel: Option<PathBuf>, modules: Option<PathBuf>) -> Self {
+    /// Uses this kernel and these modules where a configuration names no kernel.
+    #[must_use]
+    pub fn new(kernel: Option<PathBuf>, modules: Option<PathBuf>) -> Self {
         Self { kernel, modules, shelf: Mutex::default() }
     }
 
@@ -78,7 +82,7 @@ impl Images {
     ///
     /// # Errors
     /// [`MachineError::Config`] for `kernel.path`.
-    pub(crate) fn check_kernel(&self, path: Option<&Path>) -> Result<(), MachineError> {
+    pub fn check_kernel(&self, path: Option<&Path>) -> Result<(), MachineError> {
         self.kernel(path).map(drop)
     }
 
@@ -111,7 +115,7 @@ impl Images {
     ///
     /// # Errors
     /// [`MachineError::Config`] for `kernel.path` or `root.source`.
-    pub(crate) fn prepare(
+    pub fn prepare(
         &self,
         kernel: Option<&Path>,
         root: Option<&Path>,

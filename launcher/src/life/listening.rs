@@ -16,7 +16,7 @@ use vm_core::machine::{BACKLOG, MachineError};
 
 /// The streams that the guest opens to one port. Dropping it refuses more.
 #[derive(Debug)]
-pub(crate) struct Listening {
+pub struct Listening {
     life: Arc<Life>,
     port: u32,
     number: u64,
@@ -45,7 +45,7 @@ impl Life {
     ///
     /// # Errors
     /// [`MachineError::PortInUse`] and as [`request`](Self::request).
-    pub(crate) async fn listen(self: &Arc<Self>, port: u32) -> Result<Listening, MachineError> {
+    pub async fn listen(self: &Arc<Self>, port: u32) -> Result<Listening, MachineError> {
         let (sender, streams) = mpsc::channel(BACKLOG);
         let number = {
             let mut state = self.lock();
@@ -127,7 +127,7 @@ impl Listeners {
 impl Listening {
     /// Waits for the next stream; there is none once the machine has ended. When the future is dropped, no stream is
     /// lost.
-    pub(crate) async fn next(&mut self) -> Option<OwnedFd> {
+    pub async fn next(&mut self) -> Option<OwnedFd> {
         let told = self.taken();
         let stream = tokio::select! {
             biased;

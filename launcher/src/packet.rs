@@ -17,18 +17,22 @@ use std::{
 
 /// A packet that a sound launcher does not send.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum BadPacket {
+pub enum BadPacket {
+    /// The socket failed.
     #[error("{0}")]
     Io(#[from] io::Error),
+    /// It, or what is beside it, is not whole.
     #[error("a packet or its descriptors were cut short")]
     Cut,
+    /// It is none of the protocol's.
     #[error("a packet cannot be read: {0}")]
     Nonsense(postcard::Error),
 }
 
 /// What came of a look for a packet.
 #[derive(Debug)]
-pub(crate) enum Received {
+pub enum Received {
+    /// A message, with its descriptors.
     Packet(FromLauncher, Vec<OwnedFd>),
     /// There is none at the moment.
     Nothing,
@@ -40,7 +44,7 @@ pub(crate) enum Received {
 ///
 /// # Errors
 /// When it is larger than a packet can be.
-pub(crate) fn encode(message: &ToLauncher) -> io::Result<Vec<u8>> {
+pub fn encode(message: &ToLauncher) -> io::Result<Vec<u8>> {
     let bytes = postcard::to_allocvec(message).map_err(io::Error::other)?;
     if bytes.len() > MAX_PACKET {
         return Err(io::Error::other(format!("a packet of {} bytes", bytes.len())));
@@ -52,7 +56,7 @@ pub(crate) fn encode(message: &ToLauncher) -> io::Result<Vec<u8>> {
 ///
 /// # Errors
 /// `WouldBlock` where there is no room; then nothing was sent.
-pub(crate) fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
     if fds.len() > MAX_FDS {
         return Err(io::Error::other(format!("{} descriptors in a packet", fds.len())));
     }
@@ -75,7 +79,7 @@ pub(crate) fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>])
 ///
 /// # Errors
 /// [`BadPacket`].
-pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Received, BadPacket> {
+pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Received, BadPacket> {
     let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_FDS))];
     let mut beside = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;

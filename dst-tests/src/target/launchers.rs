@@ -1,4 +1,4 @@
-//! Machines of KVM, each in a launcher process of its own.
+//! Machines in launcher processes: those of KVM and those of libkrun.
 
 use super::{
     Detail, Run, RunReport, Target,
@@ -27,6 +27,7 @@ use std::{
 };
 use tokio::runtime::Runtime;
 use vm_backend_kvm::{Fitness, KvmHypervisor, probe};
+use vm_backend_libkrun::KrunHypervisor;
 use vm_core::{
     backend::{CoreBackend, CoreParts},
     env::Env,
@@ -37,8 +38,8 @@ use vm_core::{
 };
 use vm_guest_image::{Kernel, KernelModules};
 use vm_trait::{
-    Capabilities, ExecRequest, HostLimits, RestoreOptions, Snapshot, VmBackend, VmConfig, VmId,
-    VmInstance, VmResult,
+    Capabilities, Capability, ExecRequest, HostLimits, RestoreOptions, Snapshot, VmBackend,
+    VmConfig, VmId, VmInstance, VmResult,
 };
 
 /// The variable that names a directory with a guest's root file system.
@@ -60,42 +61,121 @@ printf '%s\n' "$links" | while read -r line; do
     esac
 done"#;
 
-/// Machines of KVM, each in a launcher process of its own, in real time.
-///
-/// Clauses that [share machines](Clause::shares_machine) have them from a pool. The others have machines of their own;
-/// all of them share kernels and initial file systems, which are prepared once.
-///
-/// Machines whose configuration names no root have the directory that `TWINVM_ROOT` names, because most clauses need
-/// a shell. The program that uses it should call [`vm_backend_kvm::run_launcher_if_asked`] first in `main`.
-#[derive(Debug, Default)]
-pub struct KvmTarget {
-    host: OnceLock<Result<Host, String>>,
-    bench: OnceLock<Result<SharedBench, String>>,
+/// A hypervisor whose machines are launcher processes.
+pub trait Launchers: Hypervisor + Sized + 'static {
+    /// The backend's name.
+    const NAME: &str;
+    /// Where its runs take place.
+    const ENVIRONMENT: &str;
+
+    /// Gives what its machines can do.
+    fn claims() -> Capabilities;
+
+    /// Makes one of what is found on this host.
+    ///
+    /// # Errors
+    /// What is missing.
+    fn found() -> Result<Self, String>;
+
+    /// Gives the pid of a VM's launcher while it runs.
+    fn pid(&self, vm: VmId) -> Option<u32>;
+
+    /// Names the launcher's program.
+    fn program(&self) -> String;
 }
 
-/// What this host has for machines of KVM.
-#[derive(Clone, Debug)]
-struct Host {
-    hypervisor: Arc<KvmHypervisor>,
+impl Launchers for KvmHypervisor {
+    const NAME: &str = "kvm";
+    const ENVIRONMENT: &str = "tokio with real time, machines of KVM";
+
+    fn claims() -> Capabilities {
+        Self::claims()
+    }
+
+    fn found() -> Result<Self, String> {
+        Self::builder().build().map_err(|error| error.to_string())
+    }
+
+    fn pid(&self, vm: VmId) -> Option<u32> {
+        self.launcher_pid(vm)
+    }
+
+    fn program(&self) -> String {
+        self.launcher().to_string()
+    }
+}
+
+impl Launchers for KrunHypervisor {
+    const NAME: &str = "libkrun";
+    const ENVIRONMENT: &str = "tokio with real time, machines of libkrun";
+
+    fn claims() -> Capabilities {
+        Self::claims()
+    }
+
+    fn found() -> Result<Self, String> {
+        Self::builder().build().map_err(|error| error.to_string())
+    }
+
+    fn pid(&self, vm: VmId) -> Option<u32> {
+        self.launcher_pid(vm)
+    }
+
+    fn program(&self) -> String {
+        self.launcher().to_string()
+    }
+}
+
+/// Machines of KVM. The program that uses it should call [`vm_backend_kvm::run_launcher_if_asked`] first in `main`.
+pub type KvmTarget = LauncherTarget<KvmHypervisor>;
+
+/// Machines of libkrun. The program that uses it should call [`vm_backend_libkrun::run_launcher_if_asked`] first in `main`.
+pub type KrunTarget = LauncherTarget<KrunHypervisor>;
+
+/// Machines that are launcher processes, in real time.
+///
+/// Clauses that [share machines](Clause::shares_machine) have them from a pool. The others have machines of their own;
+/// all of them share kernels and initial file systems, which are prepared once. Where the backend can fork, machines of
+/// default configuration are forked of one that was booted.
+///
+/// Machines whose configuration names no root have the directory that `TWINVM_ROOT` names, because most clauses need
+/// a shell.
+#[derive(Debug)]
+pub struct LauncherTarget<H> {
+    host: OnceLock<Result<Host<H>, String>>,
+    bench: OnceLock<Result<SharedBench<H>, String>>,
+}
+
+impl<H> Default for LauncherTarget<H> {
+    fn default() -> Self {
+        Self { host: OnceLock::new(), bench: OnceLock::new() }
+    }
+}
+
+/// What this host has for such machines.
+#[derive(Debug)]
+struct Host<H> {
+    hypervisor: Arc<H>,
     root: PathBuf,
 }
 
 /// What clauses share: a backend in a runtime of its own, and its pool.
 #[derive(Debug)]
-struct SharedBench {
-    hypervisor: Arc<KvmHypervisor>,
+struct SharedBench<H> {
+    hypervisor: Arc<H>,
     backend: Backend,
     env: Arc<dyn Env>,
     faults: RealFaults,
     pool: WarmPool,
-    template: Template,
+    /// Where the backend can fork.
+    template: Option<Template>,
     panics: PanicSink,
     host_dir: Arc<RunDir>,
     /// Last, so that it outlives what lives in it.
     _runtime: Runtime,
 }
 
-impl KvmTarget {
+impl<H: Launchers> LauncherTarget<H> {
     /// Names the backend; what can be run here is found out when it is asked.
     #[must_use]
     pub fn new() -> Self {
@@ -128,11 +208,7 @@ impl KvmTarget {
             None => "built into the kernel".to_owned(),
         };
         line("modules", modules.map(place));
-        let launcher = vm_backend_kvm::LauncherProgram::find();
-        line(
-            "launcher",
-            launcher.map(|found| found.to_string()).map_err(|error| error.to_string()),
-        );
+        line("launcher", H::found().map(|found| found.program()));
         line("root", root().map(|root| root.display().to_string()));
         lines
     }
@@ -141,15 +217,15 @@ impl KvmTarget {
     ///
     /// # Errors
     /// Why they cannot.
-    pub fn parts(&self) -> Result<(Arc<KvmHypervisor>, PathBuf), String> {
+    pub fn parts(&self) -> Result<(Arc<H>, PathBuf), String> {
         self.host().map(|host| (host.hypervisor.clone(), host.root.clone()))
     }
 
-    fn host(&self) -> Result<&Host, String> {
+    fn host(&self) -> Result<&Host<H>, String> {
         self.host.get_or_init(Host::find).as_ref().map_err(Clone::clone)
     }
 
-    fn bench(&self) -> Result<&SharedBench, String> {
+    fn bench(&self) -> Result<&SharedBench<H>, String> {
         self.bench.get_or_init(|| SharedBench::new(self.host()?)).as_ref().map_err(Clone::clone)
     }
 
@@ -172,7 +248,7 @@ impl KvmTarget {
                 backend.launchers(&bench.hypervisor)
             },
             warm: shares.then(|| bench.pool.clone()),
-            template: Some(template.noting(backend.noter())),
+            template: template.map(|template| template.noting(backend.noter())),
             backend: Arc::new(backend),
             env: bench.env.clone(),
             faults: Some(Arc::new(faults.clone())),
@@ -199,9 +275,9 @@ impl KvmTarget {
         };
         let sink = PanicSink::default();
         let guard = sink.join();
-        let clause = run.clause;
         let records = Records::new(detail);
         let opened = records.clone();
+        let clause = run.clause;
         let mut report =
             run_setup(run, LIMITS, &sink, |env| async move { host.open(env, clause, &opened) });
         drop(guard);
@@ -210,13 +286,13 @@ impl KvmTarget {
     }
 }
 
-impl Target for KvmTarget {
+impl<H: Launchers> Target for LauncherTarget<H> {
     fn name(&self) -> &str {
-        "kvm"
+        H::NAME
     }
 
     fn capabilities(&self) -> Capabilities {
-        KvmHypervisor::claims()
+        H::claims()
     }
 
     fn can_fault(&self, kind: FaultKind) -> bool {
@@ -225,7 +301,7 @@ impl Target for KvmTarget {
     }
 
     fn environment(&self) -> &str {
-        "tokio with real time, machines of KVM"
+        H::ENVIRONMENT
     }
 
     fn fit(&self) -> Result<(), String> {
@@ -242,15 +318,17 @@ impl Target for KvmTarget {
 
     fn replay_line(&self, clause: &Clause, seed: u64) -> String {
         let id = clause.id;
+        let backend = H::NAME;
         format!(
-            "cargo run --release -p vm-dst -- replay --seed {seed:#x} --clause {id} --backend kvm"
+            "cargo run --release -p vm-dst -- replay --seed {seed:#x} --clause {id} --backend {backend}"
         )
     }
 
     fn run(&self, clause: &'static Clause, seed: u64, detail: Detail) -> RunReport {
         // A record is made of machines that no other run has.
         let beside_others = matches!(detail, Detail::Fingerprint | Detail::Record);
-        if (clause.shares_machine() || forks(clause)) && beside_others {
+        let forked = H::claims().has(Capability::Fork) && forks(clause);
+        if (clause.shares_machine() || forked) && beside_others {
             return self.run_beside_others(Run::of(clause, seed));
         }
         self.run_alone(Run::of(clause, seed), detail)
@@ -261,13 +339,12 @@ impl Target for KvmTarget {
     }
 }
 
-impl Host {
+impl<H: Launchers> Host<H> {
     fn find() -> Result<Self, String> {
         probe().map_err(|why| why.to_string())?;
         let kernel = Kernel::find(None).map_err(|error| error.to_string())?;
         KernelModules::find(&kernel, None).map_err(|error| error.to_string())?;
-        let hypervisor = KvmHypervisor::builder().build().map_err(|error| error.to_string())?;
-        Ok(Self { hypervisor: Arc::new(hypervisor), root: root()? })
+        Ok(Self { hypervisor: Arc::new(H::found()?), root: root()? })
     }
 
     /// Puts a backend together that has faults, in the environment given.
@@ -278,7 +355,7 @@ impl Host {
         dir: &Arc<RunDir>,
     ) -> Backend {
         let finder = self.hypervisor.clone();
-        let find_pid = Arc::new(move |vm| finder.launcher_pid(vm));
+        let find_pid = Arc::new(move |vm| finder.pid(vm));
         let faults = RealFaults::new(RealFaults::KINDS, env.clone(), find_pid)
             .with_disk_to_fill(dir.is_small());
         let hypervisor = FaultyHypervisor {
@@ -341,8 +418,8 @@ fn forks(clause: &Clause) -> bool {
     !matches!(clause.group(), "chaos" | "history") && clause.needs_faults.iter().all(of_its_own)
 }
 
-impl SharedBench {
-    fn new(host: &Host) -> Result<Self, String> {
+impl<H: Launchers> SharedBench<H> {
+    fn new(host: &Host<H>) -> Result<Self, String> {
         let panics = PanicSink::default();
         let runtime = real_time_runtime(&panics)?;
         let host_dir = Arc::new(RunDir::new()?);
@@ -353,9 +430,13 @@ impl SharedBench {
         let backend = host.backend(env.clone(), Arc::new(NoObserver), &host_dir);
         let faults = backend.faults.clone();
         let shared: Arc<dyn VmBackend> = Arc::new(backend.for_run(&faults));
-        let template = Template::new(shared);
+        let template = H::claims().has(Capability::Fork).then(|| Template::new(shared.clone()));
+        let source = match &template {
+            Some(template) => MachineSource::Fork(template.clone()),
+            None => MachineSource::Boot(shared),
+        };
         let pool = WarmPool::new(
-            MachineSource::Fork(template.clone()),
+            source,
             env.clone(),
             Arc::new(|_| "/tmp".to_owned()),
             Arc::new(|vm| Box::pin(look(vm)) as BoxFuture<'static, Result<(), String>>),
@@ -434,15 +515,15 @@ impl Backend {
     }
 
     /// Gives what lists the launchers of machines that this run made and that live on.
-    fn launchers(
+    fn launchers<H: Launchers>(
         &self,
-        hypervisor: &Arc<KvmHypervisor>,
+        hypervisor: &Arc<H>,
     ) -> Arc<dyn Fn() -> Vec<String> + Send + Sync> {
         let (made, hypervisor) = (self.made.clone(), hypervisor.clone());
         Arc::new(move || {
             let made = made.lock().unwrap_or_else(PoisonError::into_inner);
             let left = made.iter().filter_map(|vm| {
-                let pid = hypervisor.launcher_pid(*vm)?;
+                let pid = hypervisor.pid(*vm)?;
                 Some(format!("launcher process {pid} of {vm}"))
             });
             left.collect()

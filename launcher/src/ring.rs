@@ -19,7 +19,7 @@ const HEAD: u64 = 8;
 ///
 /// It is read with system calls alone, so that nothing that the launcher does to the file can do harm.
 #[derive(Debug)]
-pub(crate) struct ConsoleRing {
+pub struct ConsoleRing {
     file: File,
     size: u32,
 }
@@ -29,7 +29,7 @@ impl ConsoleRing {
     ///
     /// # Errors
     /// The operating system's.
-    pub(crate) fn new(size: u32) -> io::Result<Self> {
+    pub fn new(size: u32) -> io::Result<Self> {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = File::from(rustix::fs::memfd_create("twinvm-console", flags)?);
         file.set_len(HEAD + u64::from(size))?;
@@ -42,7 +42,7 @@ impl ConsoleRing {
     ///
     /// # Errors
     /// The operating system's.
-    pub(crate) fn copy(&self) -> io::Result<Self> {
+    pub fn copy(&self) -> io::Result<Self> {
         let copy = Self::new(self.size)?;
         let whole = HEAD + u64::from(self.size);
         let mut content = vec![0; usize::try_from(whole).map_err(io::Error::other)?];
@@ -51,13 +51,16 @@ impl ConsoleRing {
         Ok(copy)
     }
 
-    pub(crate) fn file(&self) -> BorrowedFd<'_> {
+    /// Gives its file.
+    #[must_use]
+    pub fn file(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
 
     /// Gives the last bytes of the console, at most as many as the ring keeps. What is written while this reads may be
     /// in it or not.
-    pub(crate) fn last(&self) -> Bytes {
+    #[must_use]
+    pub fn last(&self) -> Bytes {
         let Some(before) = self.count() else { return Bytes::new() };
         let size = u64::from(self.size);
         let mut ring = vec![0; usize::try_from(size.min(before)).unwrap_or(0)];

@@ -18,7 +18,7 @@ pub const CONTROL_FD: i32 = 3;
 pub const LIFELINE_FD: i32 = 4;
 
 /// The version of these messages; both sides must have the same.
-pub const CONTROL_VERSION: u32 = 7;
+pub const CONTROL_VERSION: u32 = 8;
 
 /// The largest packet, in bytes.
 pub const MAX_PACKET: usize = 64 << 10;
@@ -31,7 +31,8 @@ pub const MAX_FDS: usize = 64;
 pub enum ToLauncher {
     /// Describes the machine. Descriptors: the kernel; each part of the initial RAM disk in order
     /// ([`MachineSetUp::initrd_parts`]); the console ring; the console file where
-    /// [`console_file`](MachineSetUp::console_file) says so; then each of [`disks`](MachineSetUp::disks).
+    /// [`console_file`](MachineSetUp::console_file) says so; then each of [`disks`](MachineSetUp::disks) and
+    /// [`shares`](MachineSetUp::shares).
     SetUp(Box<MachineSetUp>),
     /// Describes a machine that was saved; it is then paused where it was. It comes in place of
     /// [`SetUp`](Self::SetUp) and is answered like it. Descriptors: the state; a file that says which part of memory
@@ -93,6 +94,8 @@ pub struct MachineSetUp {
     pub console_file_limit: u64,
     /// The block devices.
     pub disks: Vec<DiskSetUp>,
+    /// The host's directories, whose descriptors come last.
+    pub shares: Vec<ShareSetUp>,
     /// The guest's vsock address.
     pub vsock_cid: u32,
 }
@@ -102,6 +105,15 @@ pub struct MachineSetUp {
 pub struct DiskSetUp {
     /// The serial string that the guest finds it by, at most 20 bytes.
     pub serial: String,
+    /// Whether writes are refused.
+    pub read_only: bool,
+}
+
+/// A directory of the host that the guest sees; it comes as a descriptor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShareSetUp {
+    /// The tag that the guest finds it by.
+    pub tag: String,
     /// Whether writes are refused.
     pub read_only: bool,
 }
@@ -123,7 +135,8 @@ pub enum Request {
     Inspect,
     /// Take the descriptor beside this as a host's hybrid vsock connection: it says `CONNECT port\n`, and gets
     /// `OK hostport\n`, or a hang-up where nothing in the guest listens; then bytes flow. While the machine is paused,
-    /// that takes until it goes on.
+    /// that takes until it goes on. A launcher that has the stream by other means answers with
+    /// [`Answer::Connected`] instead, and the descriptor is of no use.
     Connect,
     /// From now on, hand over what the guest connects to this port of the host ([`FromLauncher::Incoming`]), and refuse
     /// it while as many streams as the backlog wait to be [taken](ToLauncher::Taken). What listened on the port before
@@ -192,6 +205,9 @@ pub enum FromLauncher {
         /// When, in nanoseconds of the host's monotonic clock.
         at_ns: u64,
     },
+    /// Descriptor: another process that belongs to the machine (pidfd_open(2)), and ends with the launcher. The machine
+    /// has not ended before it has.
+    Companion,
     /// The machine has ended by itself; nothing follows, and the launcher exits.
     Ended(End),
 }
@@ -201,6 +217,8 @@ pub enum FromLauncher {
 pub enum Answer {
     /// It is done.
     Done,
+    /// The descriptor beside this is the stream, which ends at once where nothing in the guest listens.
+    Connected,
     /// What the machine does.
     Status(Status),
     /// What it counts.
@@ -235,8 +253,8 @@ pub enum Status {
 pub struct Stats {
     /// CPU time of all vCPU threads, in nanoseconds.
     pub vcpu_time_ns: u64,
-    /// How often a vCPU came back to the VMM.
-    pub vm_exits: u64,
+    /// How often a vCPU came back to the VMM, where that is counted.
+    pub vm_exits: Option<u64>,
     /// How much of the guest's memory is resident, in bytes.
     pub guest_resident_bytes: u64,
 }
@@ -274,7 +292,13 @@ pub enum Refusal {
     /// The machine is not in a state for it.
     #[error("the machine is {0:?}")]
     State(Status),
-    /// A system call or KVM failed.
+    /// Machines of this kind cannot do it.
+    #[error("not supported: {0}")]
+    Unsupported(String),
+    /// Nothing in the guest listens there.
+    #[error("nothing in the guest listens on the port")]
+    NotListening,
+    /// A system call, KVM or the VMM's library failed.
     #[error("{0}")]
     Failed(String),
 }
@@ -288,6 +312,6 @@ pub enum End {
     Reset,
     /// The guest's kernel panicked, or its first process died.
     Panicked,
-    /// KVM or the guest did what cannot be gone on from: what it was, for people.
+    /// The VMM or the guest did what cannot be gone on from: what it was, for people.
     Failed(String),
 }

@@ -18,7 +18,7 @@ const PANIC: &[u8] = b"Kernel panic - not syncing";
 /// Keeps what the guest prints: the last of it in a ring in a file that the owner shares, so that it outlives this
 /// process, and all of it up to a limit in a file of the user's. What a host's full disk loses is counted, no more.
 #[derive(Debug)]
-pub(super) struct Console {
+pub struct Console {
     ring: File,
     ring_len: u64,
     written: u64,
@@ -37,7 +37,8 @@ struct Log {
 
 impl Console {
     /// Writes to a ring of `ring_len` bytes, after what is in it, and to a file that may take `limit` bytes.
-    pub(super) fn new(ring: File, ring_len: u32, file: Option<(File, u64)>) -> Self {
+    #[must_use]
+    pub fn new(ring: File, ring_len: u32, file: Option<(File, u64)>) -> Self {
         let file = file.map(|(file, room)| Log { file, room });
         let mut count = [0; 8];
         let counted = ring.read_exact_at(&mut count, 0);
@@ -53,7 +54,7 @@ impl Console {
     }
 
     /// Adds a byte; says whether it is the first since everything was written.
-    pub(super) fn add(&mut self, byte: u8) -> bool {
+    pub fn add(&mut self, byte: u8) -> bool {
         let first = self.batch.is_empty();
         self.batch.push(byte);
         self.panic.see(byte);
@@ -65,7 +66,7 @@ impl Console {
     }
 
     /// Writes what was gathered.
-    pub(super) fn write_out(&mut self) {
+    pub fn write_out(&mut self) {
         if self.batch.is_empty() {
             return;
         }
@@ -99,17 +100,19 @@ impl Console {
     }
 
     /// Says whether a kernel panic was printed.
-    pub(super) fn saw_panic(&self) -> bool {
+    #[must_use]
+    pub fn saw_panic(&self) -> bool {
         self.panic.found
     }
 
     /// Counts the bytes that could not be written somewhere.
-    pub(super) fn lost(&self) -> u64 {
+    #[must_use]
+    pub fn lost(&self) -> u64 {
         self.lost
     }
 
     /// Adds a line of the machine's own.
-    pub(super) fn say(&mut self, line: &str) {
+    pub fn say(&mut self, line: &str) {
         for byte in line.bytes().chain(*b"\r\n") {
             self.add(byte);
         }
@@ -120,7 +123,7 @@ impl Console {
 ///
 /// # Errors
 /// When it is none, or cannot be written.
-pub(super) fn check_ring(ring: &impl AsFd, len: u32) -> io::Result<()> {
+pub fn check_ring(ring: &impl AsFd, len: u32) -> io::Result<()> {
     let about = rustix::fs::fstat(ring)?;
     if !rustix::fs::FileType::from_raw_mode(about.st_mode).is_file() {
         return Err(io::Error::other("it is not a regular file"));

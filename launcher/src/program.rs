@@ -3,7 +3,7 @@
 use crate::control::{CONTROL_FD, LIFELINE_FD};
 use command_fds::{CommandFdExt, FdMapping};
 use rustix::{
-    event::{PollFd, PollFlags},
+    event::{PollFd, PollFlags, Timespec},
     fs::MemfdFlags,
     net::{AddressFamily, SocketFlags, SocketType},
     process::{Pid, PidfdFlags, Signal},
@@ -22,29 +22,56 @@ use std::{
         },
     },
     path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Stdio},
+    process::{Child, Command, ExitCode, ExitStatus, Stdio},
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant, SystemTime},
 };
 
-/// The variable that names the launcher's binary.
-pub const LAUNCHER_VARIABLE: &str = "TWINVM_KVM_LAUNCHER";
-
-/// The variable that makes [`run_launcher_if_asked`] run the launcher.
-pub const RUN_LAUNCHER_VARIABLE: &str = "TWINVM_RUN_KVM_LAUNCHER";
-
-/// The name of the launcher's binary.
-const BINARY: &str = "vm-kvm-launcher";
-
 /// How much of what a launcher says on its standard error goes into an error.
 const MESSAGE_BYTES: u64 = 4 << 10;
 
-static CAN_BE_LAUNCHER: AtomicBool = AtomicBool::new(false);
+/// The launcher of one backend.
+#[derive(Debug)]
+pub struct LauncherKind {
+    /// The name of its binary.
+    pub binary: &'static str,
+    /// The variable that names the binary's place.
+    pub variable: &'static str,
+    /// The variable that makes [`run_if_asked`](Self::run_if_asked) run it.
+    pub run_variable: &'static str,
+    can_be_this_program: AtomicBool,
+}
+
+impl LauncherKind {
+    /// Names a backend's launcher.
+    #[must_use]
+    pub const fn new(
+        binary: &'static str,
+        variable: &'static str,
+        run_variable: &'static str,
+    ) -> Self {
+        Self { binary, variable, run_variable, can_be_this_program: AtomicBool::new(false) }
+    }
+
+    /// Becomes the launcher, which is `main`, where this process was started for that, and then does not return.
+    ///
+    /// It must be the first thing that a program does, before there are other threads. A program that calls it needs no
+    /// other binary to run machines; see [`LauncherProgram::find`] for when it is used.
+    pub fn run_if_asked(&self, main: impl FnOnce() -> ExitCode) {
+        if env::var_os(self.run_variable).is_some() {
+            std::process::exit(match main() {
+                code if code == ExitCode::SUCCESS => 0,
+                _ => 1,
+            });
+        }
+        self.can_be_this_program.store(true, Ordering::Relaxed);
+    }
+}
 
 /// Which program runs a machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LauncherProgram {
-    /// This program, run once more; its `main` must call [`run_launcher_if_asked`] first.
+    /// This program, run once more; its `main` must call [`LauncherKind::run_if_asked`] first.
     ThisProgram,
     /// A binary.
     Binary(PathBuf),
@@ -53,72 +80,64 @@ pub enum LauncherProgram {
 /// There is no launcher to run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NoLauncher {
+    /// The name of its binary.
+    pub binary: &'static str,
     /// Where it was looked for, and what was wrong there.
     pub searched: Vec<String>,
-}
-
-/// Becomes the launcher where this process was started for that, and then does not return.
-///
-/// It must be the first thing that `main` does, before there are other threads. A program that calls it needs no other
-/// binary to run machines; see [`LauncherProgram::find`] for when it is used.
-pub fn run_launcher_if_asked() {
-    if env::var_os(RUN_LAUNCHER_VARIABLE).is_some() {
-        std::process::exit(match crate::vmm::launcher_main() {
-            code if code == std::process::ExitCode::SUCCESS => 0,
-            _ => 1,
-        });
-    }
-    CAN_BE_LAUNCHER.store(true, Ordering::Relaxed);
 }
 
 impl LauncherProgram {
     /// Finds a launcher. In this order:
     ///
-    /// 1. what [`LAUNCHER_VARIABLE`] names, and nothing else where it is set;
-    /// 2. `vm-kvm-launcher` beside this program or in the directory above, as for a test or an example; one that is
+    /// 1. what the [variable](LauncherKind::variable) names, and nothing else where it is set;
+    /// 2. the [binary](LauncherKind::binary) beside this program or in the directory above, as for a test or an example; one that is
     ///    older than this program is passed over where this program can be the launcher itself, because it is then most
     ///    likely left from an earlier build;
-    /// 3. this program, if its `main` called [`run_launcher_if_asked`];
-    /// 4. `vm-kvm-launcher` in the directories of `PATH`.
+    /// 3. this program, if its `main` called [`LauncherKind::run_if_asked`];
+    /// 4. the binary in the directories of `PATH`.
     ///
     /// # Errors
     /// [`NoLauncher`] with every place that was searched.
-    pub fn find() -> Result<Self, NoLauncher> {
+    pub fn find(kind: &LauncherKind) -> Result<Self, NoLauncher> {
         let this = env::current_exe().ok();
-        let itself = CAN_BE_LAUNCHER.load(Ordering::Relaxed);
-        Self::find_in(env::var_os(LAUNCHER_VARIABLE), this.as_deref(), itself, env::var_os("PATH"))
+        let itself = kind.can_be_this_program.load(Ordering::Relaxed);
+        let named = env::var_os(kind.variable);
+        Self::find_in(kind, named, this.as_deref(), itself, env::var_os("PATH"))
     }
 
     /// Takes a binary.
     ///
     /// # Errors
     /// [`NoLauncher`] where it is no file that can be executed.
-    pub fn at(path: impl Into<PathBuf>) -> Result<Self, NoLauncher> {
+    pub fn at(kind: &LauncherKind, path: impl Into<PathBuf>) -> Result<Self, NoLauncher> {
         let path = path.into();
         match flaw(&path) {
             None => Ok(Self::Binary(path)),
-            Some(flaw) => Err(NoLauncher { searched: vec![format!("{}: {flaw}", path.display())] }),
+            Some(flaw) => {
+                let searched = vec![format!("{}: {flaw}", path.display())];
+                Err(NoLauncher { binary: kind.binary, searched })
+            }
         }
     }
 
     fn find_in(
+        kind: &LauncherKind,
         variable: Option<OsString>,
         this: Option<&Path>,
         itself: bool,
         path: Option<OsString>,
     ) -> Result<Self, NoLauncher> {
         if let Some(named) = variable {
-            return Self::at(PathBuf::from(named)).map_err(|error| NoLauncher {
-                searched: error
-                    .searched
-                    .iter()
-                    .map(|place| format!("{LAUNCHER_VARIABLE}={place}"))
-                    .collect(),
+            return Self::at(kind, PathBuf::from(named)).map_err(|mut error| {
+                for place in &mut error.searched {
+                    place.insert_str(0, &format!("{}=", kind.variable));
+                }
+                error
             });
         }
-        let mut searched = vec![format!("{LAUNCHER_VARIABLE}: not set")];
+        let mut searched = vec![format!("{}: not set", kind.variable)];
         let near = this.into_iter().flat_map(|this| this.ancestors().skip(1).take(2));
-        for place in near.map(|dir| dir.join(BINARY)) {
+        for place in near.map(|dir| dir.join(kind.binary)) {
             match flaw(&place) {
                 None if itself && this.is_some_and(|this| is_older(&place, this)) => {}
                 None => return Ok(Self::Binary(place)),
@@ -128,15 +147,17 @@ impl LauncherProgram {
         if itself {
             return Ok(Self::ThisProgram);
         }
-        searched.push("this program: its main does not call run_launcher_if_asked()".to_owned());
+        searched.push(
+            "this program: its main cannot be the launcher (run_launcher_if_asked)".to_owned(),
+        );
         let path = path.unwrap_or_default();
-        for place in env::split_paths(&path).map(|dir| dir.join(BINARY)) {
+        for place in env::split_paths(&path).map(|dir| dir.join(kind.binary)) {
             match flaw(&place) {
                 None => return Ok(Self::Binary(place)),
                 Some(flaw) => searched.push(format!("{}: {flaw}", place.display())),
             }
         }
-        Err(NoLauncher { searched })
+        Err(NoLauncher { binary: kind.binary, searched })
     }
 
     /// Starts a launcher: nothing of this process's environment, its descriptors or its terminal reaches it but what it
@@ -144,12 +165,12 @@ impl LauncherProgram {
     ///
     /// # Errors
     /// The operating system's.
-    pub(crate) fn start(&self) -> io::Result<Started> {
+    pub fn start(&self, kind: &LauncherKind) -> io::Result<Started> {
         let began = Instant::now();
         let (Ours { control, lifeline, messages }, its_control, its_lifeline) = Ours::new()?;
-        let mut command = self.command();
+        let mut command = self.command(kind);
         command
-            .arg0(BINARY)
+            .arg0(kind.binary)
             .current_dir("/")
             .process_group(0)
             .stdin(Stdio::null())
@@ -165,7 +186,7 @@ impl LauncherProgram {
         Ok(Started { control, process, lifeline, messages, spawn_time })
     }
 
-    fn command(&self) -> Command {
+    fn command(&self, kind: &LauncherKind) -> Command {
         let mut command = match self {
             // The link leads to this very program even if its file was replaced meanwhile.
             Self::ThisProgram => Command::new(Path::new("/proc/self/exe")),
@@ -176,7 +197,7 @@ impl LauncherProgram {
             command.env("LD_LIBRARY_PATH", libraries);
         }
         if *self == Self::ThisProgram {
-            command.env(RUN_LAUNCHER_VARIABLE, "1");
+            command.env(kind.run_variable, "1");
         }
         command
     }
@@ -193,7 +214,7 @@ impl fmt::Display for LauncherProgram {
 
 impl fmt::Display for NoLauncher {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "no launcher program {BINARY}; searched {}", self.searched.join("; "))
+        write!(f, "no launcher program {}; searched {}", self.binary, self.searched.join("; "))
     }
 }
 
@@ -201,10 +222,13 @@ impl std::error::Error for NoLauncher {}
 
 /// What an owner keeps of what it shares with one launcher.
 #[derive(Debug)]
-pub(crate) struct Ours {
-    pub(crate) control: OwnedFd,
-    pub(crate) lifeline: PipeWriter,
-    pub(crate) messages: File,
+pub struct Ours {
+    /// The owner's end of the control socket; it does not block.
+    pub control: OwnedFd,
+    /// When it closes, the launcher ends.
+    pub lifeline: PipeWriter,
+    /// What the launcher writes to its standard error.
+    pub messages: File,
 }
 
 impl Ours {
@@ -212,7 +236,7 @@ impl Ours {
     ///
     /// # Errors
     /// The operating system's.
-    pub(crate) fn new() -> io::Result<(Self, OwnedFd, PipeReader)> {
+    pub fn new() -> io::Result<(Self, OwnedFd, PipeReader)> {
         let (control, its_control) = rustix::net::socketpair(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
@@ -221,28 +245,29 @@ impl Ours {
         )?;
         let (its_lifeline, lifeline) = io::pipe()?;
         let messages =
-            File::from(rustix::fs::memfd_create("vm-kvm-launcher.log", MemfdFlags::CLOEXEC)?);
+            File::from(rustix::fs::memfd_create("vm-launcher.log", MemfdFlags::CLOEXEC)?);
         Ok((Self { control, lifeline, messages }, its_control, its_lifeline))
     }
 }
 
 /// A launcher that was started; it ends when this is dropped.
 #[derive(Debug)]
-pub(crate) struct Started {
+pub struct Started {
     /// The owner's end of the control socket; it does not block.
-    pub(crate) control: OwnedFd,
-    pub(crate) process: Process,
+    pub control: OwnedFd,
+    /// Its process.
+    pub process: Process,
     /// When it closes, the launcher ends.
-    pub(crate) lifeline: PipeWriter,
+    pub lifeline: PipeWriter,
     /// What the launcher writes to its standard error.
-    pub(crate) messages: File,
+    pub messages: File,
     /// How long starting took.
-    pub(crate) spawn_time: Duration,
+    pub spawn_time: Duration,
 }
 
 /// A launcher's process, named whatever becomes of its pid. It is killed when dropped, and reaped if it is a child.
 #[derive(Debug)]
-pub(crate) struct Process {
+pub struct Process {
     /// None where a launcher made it; whoever is its parent then reaps it.
     child: Option<Child>,
     pid: u32,
@@ -250,7 +275,11 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    pub(crate) fn new(mut child: Child) -> io::Result<Self> {
+    /// Takes charge of a child. It is killed and reaped where it cannot be named.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn new(mut child: Child) -> io::Result<Self> {
         let exact = i32::try_from(child.id())
             .ok()
             .and_then(Pid::from_raw)
@@ -267,22 +296,31 @@ impl Process {
     }
 
     /// Takes charge of a process that a launcher made.
-    pub(crate) fn of_launcher(pid: u32, exact: OwnedFd) -> Self {
+    #[must_use]
+    pub fn of_launcher(pid: u32, exact: OwnedFd) -> Self {
         Self { child: None, pid, exact }
     }
 
-    pub(crate) fn pid(&self) -> u32 {
+    /// Gives its number.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
         self.pid
     }
 
     /// Gives a descriptor that becomes readable when the process has ended.
-    pub(crate) fn exact(&self) -> io::Result<OwnedFd> {
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn exact(&self) -> io::Result<OwnedFd> {
         self.exact.try_clone()
     }
 
     /// Waits for its end, and reaps it. Once that is done, it can be called again. There is no status of a process that
     /// is not this one's child.
-    pub(crate) fn reap(&mut self) -> io::Result<Option<ExitStatus>> {
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn reap(&mut self) -> io::Result<Option<ExitStatus>> {
         match &mut self.child {
             Some(child) => child.wait().map(Some),
             None => {
@@ -302,12 +340,24 @@ impl Drop for Process {
 }
 
 /// Kills a process. One that has ended already is what is wanted.
-pub(crate) fn kill(exact: &OwnedFd) {
+pub fn kill(exact: &OwnedFd) {
     let _ = rustix::process::pidfd_send_signal(exact, Signal::KILL);
 }
 
+/// How long the end of a process that was killed may take.
+const KILLED: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
+
+/// Kills what may be a process and waits for its end. What is none is passed over.
+pub(crate) fn await_end(exact: &OwnedFd) {
+    if rustix::process::pidfd_send_signal(exact, Signal::KILL).is_ok() {
+        let mut exit = [PollFd::new(exact, PollFlags::IN)];
+        let _ = rustix::io::retry_on_intr(|| rustix::event::poll(&mut exit, Some(&KILLED)));
+    }
+}
+
 /// Gives the last of what a launcher wrote to its standard error.
-pub(crate) fn last_words(messages: &File) -> String {
+#[must_use]
+pub fn last_words(messages: &File) -> String {
     let length = messages.metadata().map_or(0, |metadata| metadata.len());
     let kept = length.min(MESSAGE_BYTES);
     let mut bytes = vec![0; usize::try_from(kept).unwrap_or(0)];
@@ -344,6 +394,11 @@ mod tests {
     };
     use tempfile::TempDir;
 
+    static KIND: LauncherKind =
+        LauncherKind::new(BINARY, "TWINVM_TEST_LAUNCHER", "TWINVM_RUN_TEST_LAUNCHER");
+
+    const BINARY: &str = "vm-test-launcher";
+
     fn program(dir: &Path, name: &str, seconds: u64) -> PathBuf {
         let path = dir.join(name);
         fs::create_dir_all(dir).unwrap();
@@ -361,7 +416,7 @@ mod tests {
         let path = Some(OsString::from(at("bin")));
         let find = |variable: Option<&Path>, itself| {
             let variable = variable.map(|path| path.as_os_str().to_owned());
-            LauncherProgram::find_in(variable, Some(&this), itself, path.clone())
+            LauncherProgram::find_in(&KIND, variable, Some(&this), itself, path.clone())
         };
         let searched = find(None, false).unwrap_err().searched;
         for place in ["target/deps", "target", "bin"] {
@@ -381,7 +436,7 @@ mod tests {
         assert_eq!(find(Some(&named), true), Ok(LauncherProgram::Binary(named.clone())));
         fs::set_permissions(&named, fs::Permissions::from_mode(0o644)).unwrap();
         let error = find(Some(&named), true).unwrap_err().to_string();
-        assert!(error.contains("TWINVM_KVM_LAUNCHER=") && error.contains("not executable"));
+        assert!(error.contains("TWINVM_TEST_LAUNCHER=") && error.contains("not executable"));
         symlink("nowhere", at("dangling")).unwrap();
         assert!(find(Some(&at("dangling")), true).is_err());
     }
@@ -394,7 +449,7 @@ mod tests {
                       echo pgid $(cut -d' ' -f5 /proc/$$/stat) pid $$ >&2\n";
         fs::write(&path, script).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-        let mut started = LauncherProgram::at(path).unwrap().start().unwrap();
+        let mut started = LauncherProgram::at(&KIND, path).unwrap().start(&KIND).unwrap();
         started.process.reap().unwrap();
         let words = last_words(&started.messages);
         assert!(words.contains("3 -> socket:") && words.contains("4 -> pipe:"), "{words}");
@@ -412,7 +467,7 @@ mod tests {
         fs::write(&path, "#!/bin/sh\nexec 5>&2; cat <&4; echo over >&5\n").unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         let Started { lifeline, mut process, messages, control, .. } =
-            LauncherProgram::at(path).unwrap().start().unwrap();
+            LauncherProgram::at(&KIND, path).unwrap().start(&KIND).unwrap();
         assert!(process.child.as_mut().unwrap().try_wait().unwrap().is_none());
         drop(lifeline);
         process.reap().unwrap();

@@ -3,15 +3,15 @@
 mod listening;
 
 use self::listening::Listeners;
-pub(crate) use self::listening::Listening;
+pub use self::listening::Listening;
 use crate::{
-    console::ConsoleRing,
     control::{
         Answer, CONTROL_VERSION, End, FromLauncher, MAX_PACKET, Refusal, Request, ToLauncher,
     },
-    launcher::{self, Process, Started, last_words},
     packet::{self, BadPacket, Received},
+    program::{self, Process, Started, last_words},
     ready::watched,
+    ring::ConsoleRing,
     sync::lock,
 };
 use bytes::Bytes;
@@ -66,16 +66,17 @@ pub struct StageTimes {
 
 /// The present lives of VMs.
 #[derive(Debug, Default)]
-pub(crate) struct Lives(Mutex<BTreeMap<VmId, Weak<Life>>>);
+pub struct Lives(Mutex<BTreeMap<VmId, Weak<Life>>>);
 
 impl Lives {
     /// Gives a VM's present life, while its machine exists.
-    pub(crate) fn of(&self, vm: VmId) -> Option<Arc<Life>> {
+    #[must_use]
+    pub fn of(&self, vm: VmId) -> Option<Arc<Life>> {
         lock(&self.0).get(&vm)?.upgrade()
     }
 
     /// Notes a VM's present life.
-    pub(crate) fn keep(&self, vm: VmId, life: &Arc<Life>) {
+    pub fn keep(&self, vm: VmId, life: &Arc<Life>) {
         let mut lives = lock(&self.0);
         lives.retain(|_, life| life.strong_count() > 0);
         lives.insert(vm, Arc::downgrade(life));
@@ -84,7 +85,7 @@ impl Lives {
 
 /// One launcher process, running or ended.
 #[derive(Debug)]
-pub(crate) struct Life {
+pub struct Life {
     control: AsyncFd<OwnedFd>,
     exact: AsyncFd<OwnedFd>,
     pid: u32,
@@ -103,6 +104,8 @@ struct State {
     next_request: u64,
     waiting: BTreeMap<Awaited, oneshot::Sender<Heard>>,
     listeners: Listeners,
+    /// Another process of the machine.
+    companion: Option<OwnedFd>,
     end: Option<End>,
     /// What the launcher did that made it unfit to live.
     broken: Option<String>,
@@ -128,10 +131,7 @@ impl Life {
     ///
     /// # Errors
     /// When the launcher does not say hello in time, is of another version, or exits: with what it said.
-    pub(crate) async fn begin(
-        started: Started,
-        ring: ConsoleRing,
-    ) -> Result<Arc<Self>, MachineError> {
+    pub async fn begin(started: Started, ring: ConsoleRing) -> Result<Arc<Self>, MachineError> {
         Self::hear_first(started, ring, BTreeMap::new()).await
     }
 
@@ -139,10 +139,7 @@ impl Life {
     ///
     /// # Errors
     /// As [`begin`](Self::begin) and [`set_up`](Self::set_up).
-    pub(crate) async fn of_copy(
-        started: Started,
-        ring: ConsoleRing,
-    ) -> Result<Arc<Self>, MachineError> {
+    pub async fn of_copy(started: Started, ring: ConsoleRing) -> Result<Arc<Self>, MachineError> {
         let began = now();
         let (made, heard) = oneshot::channel();
         let waiting = BTreeMap::from([(Awaited::SetUp, made)]);
@@ -200,7 +197,8 @@ impl Life {
     }
 
     /// Gives the file of the console's ring.
-    pub(crate) fn ring(&self) -> BorrowedFd<'_> {
+    #[must_use]
+    pub fn ring(&self) -> BorrowedFd<'_> {
         self.ring.file()
     }
 
@@ -208,7 +206,7 @@ impl Life {
     ///
     /// # Errors
     /// Why it cannot be made.
-    pub(crate) async fn set_up(
+    pub async fn set_up(
         &self,
         message: &ToLauncher,
         fds: &[BorrowedFd<'_>],
@@ -237,7 +235,7 @@ impl Life {
     ///
     /// # Errors
     /// [`MachineError::Ended`] where the launcher ends first, and what it refuses.
-    pub(crate) async fn request(
+    pub async fn request(
         &self,
         request: Request,
         fds: &[BorrowedFd<'_>],
@@ -246,7 +244,7 @@ impl Life {
     }
 
     /// As [`request`](Self::request), but gives a refusal as it is.
-    pub(crate) async fn ask(
+    pub async fn ask(
         &self,
         request: Request,
         fds: &[BorrowedFd<'_>],
@@ -255,7 +253,7 @@ impl Life {
     }
 
     /// As [`ask`](Self::ask), with the descriptors that came beside the answer.
-    pub(crate) async fn ask_for(
+    pub async fn ask_for(
         &self,
         request: Request,
         fds: &[BorrowedFd<'_>],
@@ -270,13 +268,13 @@ impl Life {
     }
 
     /// Kills the launcher without waiting for its end.
-    pub(crate) fn kill(&self) {
+    pub fn kill(&self) {
         self.killed.store(true, Ordering::Release);
-        launcher::kill(self.exact.get_ref());
+        program::kill(self.exact.get_ref());
     }
 
     /// Waits for the end, after which nothing of this life is left on the host but what this value holds.
-    pub(crate) async fn ended(&self) -> MachineExit {
+    pub async fn ended(&self) -> MachineExit {
         let mut exit = self.exit.subscribe();
         loop {
             if let Some(exit) = &*exit.borrow_and_update() {
@@ -287,15 +285,21 @@ impl Life {
         }
     }
 
-    pub(crate) fn is_over(&self) -> bool {
+    /// Says whether it has ended.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
         self.exit.borrow().is_some()
     }
 
-    pub(crate) fn pid(&self) -> Option<u32> {
+    /// Gives the number of its process while that runs.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
         (!self.is_over()).then_some(self.pid)
     }
 
-    pub(crate) fn stages(&self) -> StageTimes {
+    /// Gives how long its stages took so far.
+    #[must_use]
+    pub fn stages(&self) -> StageTimes {
         self.lock().stages
     }
 
@@ -303,12 +307,13 @@ impl Life {
     ///
     /// # Errors
     /// The operating system's.
-    pub(crate) fn copy_console(&self) -> io::Result<ConsoleRing> {
+    pub fn copy_console(&self) -> io::Result<ConsoleRing> {
         self.ring.copy()
     }
 
     /// Gives the last of the console, and how the machine failed, if it did.
-    pub(crate) fn console(&self) -> Bytes {
+    #[must_use]
+    pub fn console(&self) -> Bytes {
         let console = self.ring.last();
         let state = self.lock();
         let ((Some(End::Failed(why)), _) | (_, Some(why))) = (&state.end, &state.broken) else {
@@ -381,7 +386,7 @@ impl Life {
                 Ok(false) => return,
                 Err(why) => {
                     self.lock().broken = Some(format!("the launcher broke its protocol: {why}"));
-                    launcher::kill(self.exact.get_ref());
+                    program::kill(self.exact.get_ref());
                     return;
                 }
             }
@@ -414,6 +419,7 @@ impl Life {
             FromLauncher::Incoming { port, listener } => {
                 self.come_in(&mut state, port, listener, fds.into_iter().next());
             }
+            FromLauncher::Companion => state.companion = fds.into_iter().next(),
             FromLauncher::Mark { mark, at_ns } => state.mark(mark, Duration::from_nanos(at_ns)),
             FromLauncher::Ended(end) => {
                 state.end = Some(end);
@@ -435,6 +441,10 @@ impl Life {
             && self.take(message, fds) == Ok(true)
         {}
         let status = self.process.lock().unwrap_or_else(PoisonError::into_inner).reap();
+        let companion = self.lock().companion.take();
+        if let Some(companion) = companion {
+            program::await_end(&companion);
+        }
         drop(self.lifeline.lock().unwrap_or_else(PoisonError::into_inner).take());
         let exit = {
             let mut state = self.lock();
@@ -546,7 +556,7 @@ impl Drop for Watch {
             let life = life.clone();
             move || see_the_end(&life)
         };
-        let thread = thread::Builder::new().name("vm-kvm-end".to_owned()).spawn(end);
+        let thread = thread::Builder::new().name("vm-launcher-end".to_owned()).spawn(end);
         if thread.is_err() {
             see_the_end(&life);
         }
@@ -568,7 +578,7 @@ async fn watch(mut watch: Watch) {
     };
     if silent {
         let _ = tokio::time::timeout(EXIT_GRACE, life.exact.readable()).await;
-        launcher::kill(life.exact.get_ref());
+        program::kill(life.exact.get_ref());
     }
     if life.exact.readable().await.is_err() {
         // The runtime is going down.
@@ -586,7 +596,8 @@ fn now() -> Duration {
 }
 
 /// Says why the host did not do something for a launcher.
-pub(crate) fn host(error: &io::Error) -> MachineError {
+#[must_use]
+pub fn host(error: &io::Error) -> MachineError {
     use rustix::io::Errno;
     let what = match Errno::from_io_error(error) {
         Some(Errno::AGAIN) => "processes",
@@ -609,6 +620,8 @@ impl From<Refusal> for MachineError {
             refusal @ (Refusal::State(_) | Refusal::Generation(_)) => {
                 Self::Failed(refusal.to_string())
             }
+            Refusal::Unsupported(what) => Self::Unsupported(what),
+            Refusal::NotListening => Self::NotListening,
             Refusal::Failed(reason) => Self::Failed(reason),
         }
     }

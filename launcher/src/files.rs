@@ -6,7 +6,10 @@ use std::{
     fmt::Display,
     fs::{self, File, OpenOptions},
     io::{self, Read},
-    os::unix::fs::{FileTypeExt, OpenOptionsExt},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{FileTypeExt, OpenOptionsExt},
+    },
     path::Path,
     thread,
     time::{Duration, Instant},
@@ -35,7 +38,7 @@ const INITRDS: &[&[u8]] = &[
 ///
 /// # Errors
 /// [`MachineError::Config`] with the field.
-pub(crate) fn check(config: &VmConfig) -> Result<(), MachineError> {
+pub fn check(config: &VmConfig) -> Result<(), MachineError> {
     if let Some(path) = &config.kernel.initrd {
         check_initrd(path).map_err(|reason| flaw("kernel.initrd", path, reason))?;
     }
@@ -56,14 +59,27 @@ pub(crate) fn check(config: &VmConfig) -> Result<(), MachineError> {
         let checked = check_disk(disk);
         checked.map_err(|reason| flaw(&disk_field(index), &disk.path, reason))?;
     }
+    for (index, mount) in config.mounts.iter().enumerate() {
+        open_mount(index, &mount.path)?;
+    }
     Ok(())
+}
+
+/// Opens a directory that the guest is to see.
+///
+/// # Errors
+/// [`MachineError::Config`] with the field.
+pub fn open_mount(index: usize, path: &Path) -> Result<OwnedFd, MachineError> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let fail = |error: io::Error| flaw(&format!("mounts[{index}].path"), path, error);
+    rustix::fs::open(path, flags, Mode::empty()).map_err(|error| fail(error.into()))
 }
 
 /// Says which file system a root image holds.
 ///
 /// # Errors
 /// [`MachineError::Config`] for `root.source`.
-pub(crate) fn root_file_system(path: &Path) -> Result<FileSystem, MachineError> {
+pub fn root_file_system(path: &Path) -> Result<FileSystem, MachineError> {
     let of_file = || -> Result<FileSystem, String> {
         open_storage(path, true).map_err(|error| error.to_string())?;
         let found = identify(path).map_err(|error| error.to_string())?;
@@ -76,7 +92,7 @@ pub(crate) fn root_file_system(path: &Path) -> Result<FileSystem, MachineError> 
 ///
 /// # Errors
 /// [`MachineError::Config`] for `root.source`.
-pub(crate) fn open_root(path: &Path) -> Result<File, MachineError> {
+pub fn open_root(path: &Path) -> Result<File, MachineError> {
     open_locked(path, true).map_err(|error| storage_error("root.source", path, &error))
 }
 
@@ -84,7 +100,7 @@ pub(crate) fn open_root(path: &Path) -> Result<File, MachineError> {
 ///
 /// # Errors
 /// [`MachineError::Config`] with the field.
-pub(crate) fn open_disk(index: usize, disk: &DiskConfig) -> Result<File, MachineError> {
+pub fn open_disk(index: usize, disk: &DiskConfig) -> Result<File, MachineError> {
     let field = disk_field(index);
     if !disk.read_only && is_missing(&disk.path) {
         let made = create_disk(&disk.path, disk.size.bytes());
@@ -105,7 +121,7 @@ pub(crate) fn open_disk(index: usize, disk: &DiskConfig) -> Result<File, Machine
 ///
 /// # Errors
 /// [`MachineError::Config`] for `console_file`.
-pub(crate) fn open_console_file(path: &Path) -> Result<File, MachineError> {
+pub fn open_console_file(path: &Path) -> Result<File, MachineError> {
     let opened = OpenOptions::new().append(true).create(true).mode(0o600).open(path);
     opened.map_err(|error| flaw("console_file", path, error.to_string()))
 }
@@ -114,7 +130,7 @@ pub(crate) fn open_console_file(path: &Path) -> Result<File, MachineError> {
 ///
 /// # Errors
 /// [`MachineError::HostIo`] with the directory for temporary files.
-pub(crate) fn nameless() -> Result<File, MachineError> {
+pub fn nameless() -> Result<File, MachineError> {
     let dir = std::env::temp_dir();
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     match rustix::fs::open(&dir, flags, Mode::RUSR | Mode::WUSR) {
@@ -130,7 +146,7 @@ pub(crate) fn nameless() -> Result<File, MachineError> {
 ///
 /// # Errors
 /// [`MachineError::Config`] for `kernel.initrd`.
-pub(crate) fn open_initrd(path: &Path) -> Result<File, MachineError> {
+pub fn open_initrd(path: &Path) -> Result<File, MachineError> {
     check_initrd(path).map_err(|reason| flaw("kernel.initrd", path, reason))?;
     File::open(path).map_err(|error| flaw("kernel.initrd", path, error.to_string()))
 }

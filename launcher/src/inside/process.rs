@@ -12,7 +12,7 @@ use std::{ffi::CString, io};
 ///
 /// # Errors
 /// When `/dev/null` cannot be opened.
-pub(super) fn detach() -> io::Result<()> {
+pub fn detach() -> io::Result<()> {
     // It fails where the process leads a group already, which is just as good.
     let _ = setsid();
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
@@ -27,7 +27,7 @@ pub(super) fn detach() -> io::Result<()> {
 }
 
 /// Names the calling thread; the kernel keeps 15 bytes.
-pub(super) fn name_thread(name: &str) {
+pub fn name_thread(name: &str) {
     let kept: Vec<u8> = name.bytes().filter(|&byte| byte != 0).take(15).collect();
     if let Ok(name) = CString::new(kept) {
         let _ = rustix::thread::set_name(&name);
