@@ -107,4 +107,5 @@ const GROUPS: &[&[Clause]] = &[
     metrics::CLAUSES,
     leftovers::CLAUSES,
     chaos::CLAUSES,
+    history::CLAUSES,
 ];
