@@ -109,4 +109,5 @@ const GROUPS: &[&[Clause]] = &[
     leftovers::CLAUSES,
     chaos::CLAUSES,
     meetings::CLAUSES,
+    history::CLAUSES,
 ];

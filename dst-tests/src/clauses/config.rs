@@ -60,12 +60,8 @@ async fn vcpus_seen(ctx: &Context) -> Verdict {
     let most = ctx.backend().limits().max_vcpus.min(8);
     let vcpus = u8::try_from(ctx.draw(1, u64::from(most))).unwrap_or(1);
     let vm = started(ctx, |config| config.vcpus = vcpus).await?;
-    let counted = vm.exec(sh("nproc", [])).await?;
-    ensure_eq!(
-        counted.stdout_text().trim(),
-        vcpus.to_string(),
-        "the processors that the guest counts"
-    );
+    let counted = sh(&vm, "nproc").await?;
+    ensure_eq!(counted, vcpus.to_string(), "the processors that the guest counts");
     Ok(())
 }
 

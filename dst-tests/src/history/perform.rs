@@ -85,11 +85,13 @@ impl<'a> Driver<'a> {
 
     async fn together(&self, calls: &[Call]) -> Vec<CallRecord> {
         let added = Mutex::new(Vec::new());
-        let all = pin!(join_all(calls.iter().map(|call| self.one(call))));
-        let again = pin!(self.resume_again(&added));
-        let mut records = match select(all, again).await {
-            Either::Left((records, _)) => records,
-            Either::Right((never, _)) => match never {},
+        let mut records = {
+            let all = pin!(join_all(calls.iter().map(|call| self.one(call))));
+            let again = pin!(self.resume_again(&added));
+            match select(all, again).await {
+                Either::Left((records, _)) => records,
+                Either::Right((never, _)) => match never {},
+            }
         };
         records.extend(added.into_inner().unwrap_or_else(PoisonError::into_inner));
         records
