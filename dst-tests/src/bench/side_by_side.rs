@@ -7,7 +7,7 @@ use std::{fs, sync::Arc, time::Instant};
 use vm_backend_kvm::KvmHypervisor;
 use vm_backend_libkrun::KrunHypervisor;
 use vm_core::{backend::CoreBackend, observe::NoObserver};
-use vm_trait::{ExecRequest, RootConfig, VmBackend, VmConfig, VmInstance};
+use vm_trait::{ExecRequest, RootConfig, VmBackend, VmConfig};
 
 /// How many round trips the medians of one boot are taken of.
 const ROUND_TRIPS: u32 = 50;
