@@ -4,6 +4,7 @@ use crate::clause::Clause;
 
 mod boot_files;
 mod cancel;
+mod cancel_start;
 mod chaos;
 mod concurrency;
 mod config;
@@ -16,6 +17,7 @@ mod deadline;
 mod errors;
 mod events;
 mod exec;
+mod exec_large;
 mod exec_start;
 mod exec_timeout;
 mod files;
@@ -23,7 +25,9 @@ mod files_atomic;
 mod files_names;
 mod fork;
 mod guest_streams;
+mod history;
 mod incremental;
+mod incremental_bases;
 mod inspect;
 mod integrity;
 mod leftovers;
@@ -31,7 +35,9 @@ mod lifecycle;
 mod lifecycle_boot;
 mod lifecycle_ends;
 mod lifecycle_table;
+mod lifecycle_told;
 mod limits;
+mod meetings;
 mod metrics;
 mod mounts;
 mod network;
@@ -39,12 +45,15 @@ mod pause;
 mod probe;
 mod process;
 mod process_attach;
+mod process_links;
 mod snapshot;
 mod snapshot_faults;
 mod streams;
 mod tty;
 mod vsock;
 mod vsock_life;
+
+pub use history::GENERATED_HISTORY;
 
 /// Gives every clause, in the order of the groups.
 pub fn all() -> impl Iterator<Item = &'static Clause> {
@@ -55,8 +64,10 @@ const GROUPS: &[&[Clause]] = &[
     exec::CLAUSES,
     exec_start::CLAUSES,
     exec_timeout::CLAUSES,
+    exec_large::CLAUSES,
     process::CLAUSES,
     process_attach::CLAUSES,
+    process_links::CLAUSES,
     tty::CLAUSES,
     files::CLAUSES,
     files_atomic::CLAUSES,
@@ -65,10 +76,12 @@ const GROUPS: &[&[Clause]] = &[
     lifecycle_table::CLAUSES,
     lifecycle_boot::CLAUSES,
     lifecycle_ends::CLAUSES,
+    lifecycle_told::CLAUSES,
     pause::CLAUSES,
     snapshot::CLAUSES,
     snapshot_faults::CLAUSES,
     incremental::CLAUSES,
+    incremental_bases::CLAUSES,
     copies_streams::SNAPSHOT_CLAUSES,
     copies_time::SNAPSHOT_CLAUSES,
     copies_writes::SNAPSHOT_CLAUSES,
@@ -81,6 +94,7 @@ const GROUPS: &[&[Clause]] = &[
     vsock::CLAUSES,
     vsock_life::CLAUSES,
     cancel::CLAUSES,
+    cancel_start::CLAUSES,
     concurrency::CLAUSES,
     deadline::CLAUSES,
     config::CLAUSES,
@@ -94,4 +108,6 @@ const GROUPS: &[&[Clause]] = &[
     metrics::CLAUSES,
     leftovers::CLAUSES,
     chaos::CLAUSES,
+    meetings::CLAUSES,
+    history::CLAUSES,
 ];

@@ -1,6 +1,7 @@
 //! [`SimBackend`]: the simulated backend.
 
 use crate::{
+    coverage::Coverage,
     env::{NoRuntime, SimEnv, SimEnvKind},
     fault::{self, Engine, FaultPlan, PlanError},
     guest::ProgramRegistry,
@@ -47,6 +48,7 @@ pub struct SimBackendBuilder {
     host: SimHostLimits,
     programs: Arc<ProgramRegistry>,
     timeline: Timeline,
+    coverage: bool,
     yields: Option<Yields>,
     lacks: Vec<Capability>,
 }
@@ -106,6 +108,12 @@ impl SimBackendBuilder {
         self
     }
 
+    /// Sets whether it is counted which operations are called in which states, and which faults meet them. Default not.
+    pub fn coverage(mut self, counted: bool) -> Self {
+        self.coverage = counted;
+        self
+    }
+
     /// Sets how often other tasks are let first at the seams. Default once in 8 times, and once in 64 under madsim,
     /// whose scheduler explores by itself.
     pub fn yields(mut self, yields: Yields) -> Self {
@@ -128,7 +136,7 @@ impl SimBackendBuilder {
             Arc::new(env),
             Arc::clone(&streams),
             counters,
-            Trace::new(self.seed, self.timeline),
+            Trace::new(self.seed, self.timeline).counting(self.coverage),
             Engine::new(self.faults, streams, capabilities),
             self.programs,
             self.host,
@@ -166,6 +174,12 @@ impl SimBackend {
     #[must_use]
     pub fn timeline(&self) -> Vec<TimelineLine> {
         self.world.trace.lines()
+    }
+
+    /// Gives what was counted so far; nothing unless that was asked for.
+    #[must_use]
+    pub fn coverage(&self) -> Coverage {
+        self.world.trace.coverage()
     }
 
     /// Gives the means to make faults happen.

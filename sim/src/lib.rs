@@ -15,6 +15,7 @@
 //! | [`host`] | the host's limits and its disk |
 //! | [`fault`] | fault plans |
 //! | [`trace`] | fingerprint and timeline |
+//! | [`coverage`] | which operations were called in which states, and which faults met them |
 //! | [`ledger`] | what is left on the host |
 //! | [`scenario`] | runs to measure by |
 #![forbid(unsafe_code)]
@@ -22,6 +23,7 @@
 pub mod backend;
 #[cfg(test)]
 mod backend_tests;
+pub mod coverage;
 pub mod env;
 pub mod fault;
 #[cfg(test)]
@@ -39,6 +41,7 @@ mod world;
 mod yields;
 
 pub use backend::{BuildError, SimBackend, SimBackendBuilder};
+pub use coverage::{Cell, Coverage};
 pub use env::{SimEnv, SimEnvKind};
 pub use fault::{FaultPlan, FaultRule, FaultTrigger, PlanError};
 pub use guest::{GuestProgram, ProgramRegistry};

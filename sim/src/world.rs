@@ -117,6 +117,7 @@ impl World {
     }
 
     pub(crate) fn note_fault(&self, vm: Option<VmId>, kind: FaultKind, fired: &Fired) {
+        self.trace.fault(vm, kind);
         let planned = fired.planned();
         let numbers = [kind as u64, planned.map_or(0, nanos)];
         self.note(vm, Tag::Fault, &numbers, || match planned {

@@ -17,6 +17,7 @@ use std::{
         atomic::{AtomicUsize, Ordering},
     },
 };
+use vm_planted_bugs::{Bug, planted};
 use vm_trait::{
     Capabilities, Capability, HostLimits, Operation, RestoreOptions, Snapshot, SnapshotId,
     SnapshotMetadata, VmBackend, VmConfig, VmError, VmErrorKind, VmInstance, VmResult,
@@ -148,8 +149,12 @@ impl CoreBackend {
         let env = &self.parts.env;
         let (tag, id) = (env.random_u64(), SnapshotId(env.random_u64()));
         let fs = self.parts.fs.clone();
-        let merged =
-            container::merge(fs, &snapshot.path, path, tag, |metadata| metadata.id = id).await?;
+        let merged = container::merge(fs, &snapshot.path, path, tag, |metadata| {
+            if !planted(Bug::MergeKeepsId) {
+                metadata.id = id;
+            }
+        })
+        .await?;
         Ok(merged.0.metadata)
     }
 
@@ -256,6 +261,9 @@ impl VmBackend for CoreBackend {
     async fn delete_snapshot(&self, snapshot: &Snapshot) -> VmResult<()> {
         let fail = |kind| VmError::new(Operation::DeleteSnapshot, kind);
         self.require(Capability::Snapshot).map_err(fail)?;
+        if planted(Bug::DeletedIsKept) {
+            return Ok(());
+        }
         let path: &Path = &snapshot.path;
         self.parts.fs.remove(path).await.map_err(|error| {
             let (path, reason) = (path.display().to_string(), error.to_string());

@@ -20,6 +20,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
 };
+use vm_planted_bugs::{Bug, planted};
 
 mod map;
 
@@ -93,7 +94,7 @@ impl Layer {
     }
 
     fn compare(&self, hasher: &Hasher) -> Result<(), ContainerError> {
-        if hasher.finish() == self.hash {
+        if hasher.finish() == self.hash || planted(Bug::ImageIsNotHashed) {
             self.verified.store(true, Ordering::Release);
             return Ok(());
         }

@@ -14,6 +14,7 @@
 use crate::error::VmErrorKind;
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use vm_planted_bugs::{Bug, planted};
 
 /// What a virtual machine is doing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -236,8 +237,27 @@ impl VmState {
     /// [`VmErrorKind::InvalidState`] with this state.
     pub fn admits(&self, operation: Operation) -> Result<(), VmErrorKind> {
         let allowed = match operation {
+            Operation::Start if planted(Bug::CrashedCannotStart) => {
+                matches!(self, Self::Created | Self::Stopped)
+            }
+            Operation::Restore if planted(Bug::RestoreOverRunning) => true,
             Operation::Start | Operation::Restore => {
                 matches!(self, Self::Created | Self::Stopped | Self::Crashed(_))
+            }
+            Operation::Pause if planted(Bug::PauseOfPaused) => {
+                matches!(self, Self::Running | Self::Paused)
+            }
+            Operation::Connect | Operation::Listen if planted(Bug::StreamsOfPaused) => {
+                matches!(self, Self::Running | Self::Paused)
+            }
+            Operation::Inspect if planted(Bug::InspectionOfRunning) => {
+                matches!(self, Self::Running | Self::Paused)
+            }
+            Operation::Snapshot if planted(Bug::PausedIsNotCaptured) => {
+                matches!(self, Self::Running)
+            }
+            op if op.needs_guest() && planted(Bug::PausedGuestIsAsked) => {
+                matches!(self, Self::Running | Self::Paused)
             }
             Operation::Pause | Operation::Connect | Operation::Listen => {
                 matches!(self, Self::Running)
@@ -256,6 +276,18 @@ impl VmState {
         use StateInput as I;
         Some(match (self, input) {
             (Self::Created | Self::Stopped | Self::Crashed(_), I::BootBegun) => Self::Starting,
+            (Self::Crashed(_), I::StopDone) if planted(Bug::StopForgetsCrash) => Self::Stopped,
+            (Self::Created, I::StopDone) if planted(Bug::StopOfCreated) => Self::Stopped,
+            (Self::Starting, I::RestoredPaused) if planted(Bug::RestoredPausedRuns) => {
+                Self::Running
+            }
+            (Self::Starting, I::BootAbandoned) if planted(Bug::AbandonedBootCrashes) => {
+                Self::Crashed(CrashReason::BootFailed)
+            }
+            (Self::Paused, I::Crashed(_)) if planted(Bug::CrashOfPausedIsMissed) => return None,
+            (Self::Running, I::PoweredOff) if planted(Bug::PowerOffIsACrash) => {
+                Self::Crashed(CrashReason::VmmDied)
+            }
             (Self::Starting, I::Ready) => Self::Running,
             (Self::Starting, I::RestoredPaused) => Self::Paused,
             (Self::Starting, I::BootAbandoned) => Self::Stopped,

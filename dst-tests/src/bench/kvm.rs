@@ -68,7 +68,13 @@ pub struct KvmMeasured {
     pub vmm_resident_kib: Option<f64>,
     /// From the call of `fork` to the end of the child's first program, in milliseconds.
     pub fork_to_exec_ms: f64,
-    /// Memory of a child that is resident and its own alone, the guest's included, in KiB.
+    /// Its parts, in order, in milliseconds.
+    pub fork_stages_ms: BTreeMap<&'static str, f64>,
+    /// Memory of a child that has run nothing yet, as far as it is resident and its own alone, in KiB.
+    pub idle_child_private_kib: Option<f64>,
+    /// How much of that is its guest's memory.
+    pub idle_child_guest_kib: Option<f64>,
+    /// The same once the child has run a program, in KiB.
     pub child_private_kib: Option<f64>,
     /// How long the source stood still for a fork, in milliseconds.
     pub fork_paused_ms: f64,
@@ -118,6 +124,11 @@ impl KvmBench {
     pub const RESTORE_STAGES: &'static [&'static str] =
         &["restore_open", "restore_machine", "restore_load", "restore_handshake", "restore_exec"];
 
+    /// The names of the parts of a fork with the child's first program, in order: until the child is made, until it
+    /// runs, until its agent has answered, until the program has ended.
+    pub const FORK_STAGES: &'static [&'static str] =
+        &["fork_machine", "fork_resume", "fork_handshake", "fork_exec"];
+
     /// Measures, and calls `progress` with how much of the whole is done, from 0 to 1.
     ///
     /// # Errors
@@ -161,6 +172,9 @@ impl KvmBench {
             exec_over_ping: median("exec") / median("ping"),
             vmm_resident_kib: samples.median("vmm_resident"),
             fork_to_exec_ms: median("fork_to_exec"),
+            fork_stages_ms: Self::FORK_STAGES.iter().map(|part| (*part, median(part))).collect(),
+            idle_child_private_kib: samples.median("idle_child_private"),
+            idle_child_guest_kib: samples.median("idle_child_guest"),
             child_private_kib: samples.median("child_private"),
             fork_paused_ms: median("fork_paused"),
             snapshot_ms: median("snapshot"),
@@ -274,7 +288,7 @@ impl Bench<'_> {
         }
         if let Some(kib) = hypervisor
             .launcher_pid(vm.id())
-            .and_then(|pid| resident_beside_guest(pid, u64::from(config.memory.0) << 10))
+            .and_then(|pid| resident_beside_guest(pid, guest_kib(config)))
         {
             samples.add("vmm_resident", kib);
         }
@@ -293,11 +307,27 @@ impl Bench<'_> {
         let began = Instant::now();
         let children = vm.fork(ForkOptions::new(1)).await?;
         samples.add("fork_paused", self.stopwatch.last("paused for a fork"));
+        let back = began.elapsed();
         for child in children {
             let child = child?;
+            let process = self.hypervisor.launcher_pid(child.id());
+            let looked = Instant::now();
+            let idle = process.and_then(|pid| private_parts(pid, guest_kib(child.config())));
+            let looked = looked.elapsed();
             child.exec(ExecRequest::new("true")).await?;
-            samples.add("fork_to_exec", millis(began.elapsed()));
-            if let Some(kib) = self.hypervisor.launcher_pid(child.id()).and_then(private_kib) {
+            let whole = began.elapsed().saturating_sub(looked);
+            samples.add("fork_to_exec", millis(whole));
+            samples.add("fork_exec", millis(whole.saturating_sub(back)));
+            if let Some(parts) = child.metrics().await?.boot {
+                samples.add("fork_machine", millis(back.saturating_sub(parts.total())));
+                samples.add("fork_resume", millis(parts.kernel));
+                samples.add("fork_handshake", millis(parts.handshake));
+            }
+            if let Some((all, of_guest)) = idle {
+                samples.add("idle_child_private", all);
+                samples.add("idle_child_guest", of_guest);
+            }
+            if let Some(kib) = process.and_then(private_kib) {
                 samples.add("child_private", kib);
             }
             child.kill().await?;
@@ -395,29 +425,43 @@ async fn cycle(backend: &CoreBackend, config: &VmConfig, number: u32) -> Result<
     vm.kill().await.map_err(|error| error.to_string())
 }
 
-/// Sums up a process's resident memory without the mapping that is the guest's, in KiB: of those that are large enough,
-/// the one with the most in it.
-pub(super) fn resident_beside_guest(pid: u32, guest_kib: u64) -> Option<f64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?;
-    resident_without(&text, guest_kib)
+/// How much memory a guest of this configuration has, in KiB.
+fn guest_kib(config: &VmConfig) -> u64 {
+    u64::from(config.memory.0) << 10
 }
 
-fn resident_without(smaps: &str, guest_kib: u64) -> Option<f64> {
+/// Sums up a process's resident memory without the mapping that is the guest's, in KiB.
+pub(super) fn resident_beside_guest(pid: u32, guest_kib: u64) -> Option<f64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?;
+    let (all, of_guest) = sums_of(&text, &["Rss:"], guest_kib)?;
+    Some(all - of_guest)
+}
+
+/// Sums up a process's memory that is resident and its own alone, in KiB, and what of it is the guest's.
+fn private_parts(pid: u32, guest_kib: u64) -> Option<(f64, f64)> {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?;
+    sums_of(&text, &["Private_Clean:", "Private_Dirty:"], guest_kib)
+}
+
+/// Sums up some lines of all mappings, in KiB, and of the mapping that is the guest's: of those that are large enough, the
+/// one with the most in it.
+fn sums_of(smaps: &str, names: &[&str], guest_kib: u64) -> Option<(f64, f64)> {
     let kib = |line: &str, name: &str| -> Option<u64> {
         line.strip_prefix(name)?.trim().strip_suffix("kB")?.trim().parse().ok()
     };
-    let (mut sum, mut of_guest, mut size) = (0, None::<u64>, 0);
+    let (mut sum, mut of_guest, mut size, mut here) = (0, None::<u64>, 0, 0);
     for line in smaps.lines() {
         if let Some(found) = kib(line, "Size:") {
-            size = found;
-        } else if let Some(resident) = kib(line, "Rss:") {
-            sum += resident;
+            (size, here) = (found, 0);
+        } else if let Some(found) = names.iter().find_map(|name| kib(line, name)) {
+            (sum, here) = (sum + found, here + found);
             if size >= guest_kib {
-                of_guest = of_guest.max(Some(resident));
+                of_guest = of_guest.max(Some(here));
             }
         }
     }
-    u32::try_from(sum - of_guest?).ok().map(f64::from)
+    let number = |kib: u64| u32::try_from(kib).ok().map(f64::from);
+    Some((number(sum)?, number(of_guest?)?))
 }
 
 /// What this process holds of the host.
@@ -488,10 +532,16 @@ mod tests {
     }
 
     #[test]
-    fn the_guests_memory_is_left_out() {
+    fn the_guests_memory_is_told_apart() {
         let smaps = "1-2 r-xp\nSize:   100 kB\nRss:   60 kB\n3-4 rw-p\nSize: 131072 kB\nRss: 90000 kB\n\
                      5-6 rw-p\nSize: 8192 kB\nRss:   20 kB\n7-8 rw-p\nSize: 1048576 kB\nRss: 0 kB\n";
-        assert_eq!(resident_without(smaps, 131_072), Some(80.0));
-        assert_eq!(resident_without(smaps, 2_000_000), None);
+        assert_eq!(sums_of(smaps, &["Rss:"], 131_072), Some((90_080.0, 90_000.0)));
+        assert_eq!(sums_of(smaps, &["Rss:"], 2_000_000), None);
+        let private = "1-2 rw-p\nSize: 131072 kB\nPrivate_Clean: 4 kB\nPrivate_Dirty: 30 kB\n3-4 rw-p\nSize: 8 kB\n\
+                       Private_Clean: 0 kB\nPrivate_Dirty: 6 kB\n";
+        assert_eq!(
+            sums_of(private, &["Private_Clean:", "Private_Dirty:"], 131_072),
+            Some((40.0, 34.0))
+        );
     }
 }

@@ -17,6 +17,9 @@ use vm_trait::{
 pub(super) const CLAUSES: &[Clause] = &[
     clause!(ping, "deadline.ping_measures",
         "ping answers with the round-trip time", [Exec], faults: []),
+    clause!(paused_time, "deadline.pauses_do_not_count",
+        "time that the machine is paused does not count against the deadline of what is under way",
+        [Exec, Pause], faults: [LinkStall]),
     clause!(stall, "deadline.stalled_link",
         "while the agent is out of reach operations end by their deadline, and afterwards they work",
         [Exec], faults: [LinkStall])
@@ -66,6 +69,22 @@ async fn ping(ctx: &Context) -> Verdict {
     })
     .await??;
     Ok(())
+}
+
+async fn paused_time(ctx: &Context) -> Verdict {
+    const REQUEST: Duration = Duration::from_secs(10);
+    let vm = started(ctx, |config| config.timeouts.request = REQUEST).await?;
+    let stalled = FaultOrder::next(FaultKind::LinkStall).on(vm.id());
+    let ordered = order(ctx, stalled.with_amount(Duration::from_secs(1)))?;
+    let pinging = vm.clone();
+    let ping = ctx.spawn(async move { pinging.ping().await });
+    ctx.sleep(Duration::from_millis(200)).await;
+    ordered.must_have_fired(ctx)?;
+    vm.pause().await?;
+    ctx.sleep(REQUEST * 2).await;
+    vm.resume().await?;
+    ctx.within(SOON, "a ping over a pause", ping.join()).await???;
+    works(ctx, &vm, "after a pause amid a ping").await
 }
 
 async fn stall(ctx: &Context) -> Verdict {

@@ -107,7 +107,8 @@ async fn listing_large(ctx: &Context) -> Verdict {
     let dir = fresh_dir(ctx, &*vm).await?;
     let count = if ctx.heavy(32) { 2000 } else { ctx.draw(100, 300) };
     // Long names, so that the listing is longer than a frame.
-    let padding = "n".repeat(length(ctx, 0, 150));
+    let padding =
+        "n".repeat(if count == 2000 { length(ctx, 140, 200) } else { length(ctx, 0, 150) });
     let mut wanted: Vec<String> = (0..count).map(|index| format!("{padding}{index}")).collect();
     for names in wanted.chunks(200) {
         run_ok(&*vm, ExecRequest::new("mkdir").args(names).cwd(dir.clone())).await?;

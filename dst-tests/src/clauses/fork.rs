@@ -16,7 +16,7 @@ use crate::{
 use futures_util::future::{join, join_all};
 use std::{collections::BTreeSet, time::Duration};
 use vm_core::fault::{FaultKind, FaultOrder};
-use vm_trait::{Capability, ForkOptions, VmErrorKind, VmState};
+use vm_trait::{Capability, ForkOptions, StopOptions, VmErrorKind, VmState};
 
 /// The clauses on forks.
 pub(super) const CLAUSES: &[Clause] = &[
@@ -42,6 +42,9 @@ pub(super) const CLAUSES: &[Clause] = &[
         "a fork into 0 or more than 1,024 children is refused with InvalidConfig", [Exec, Fork], faults: []),
     clause!(private_disks, "fork.disks_are_private",
         "a write to a child's disk is seen by none of the others", [Exec, Files, Disks, Fork], faults: []),
+    clause!(childs_disk, "fork.childs_disk_goes_with_it",
+        "what a child wrote to its disk is gone with the child: the source's next life has the source's disk",
+        [Exec, Files, Disks, Fork], faults: []),
     clause!(clocks, "fork.monotonic_time_goes_on",
         "a child's monotonic clock goes on from the source's", [Exec, Fork, GuestKernel], faults: []),
     clause!(restartable, "fork.children_are_machines",
@@ -201,6 +204,23 @@ async fn private_disks(ctx: &Context) -> Verdict {
         value.there(machine, "on the disk that a machine wrote to").await?;
     }
     Ok(())
+}
+
+async fn childs_disk(ctx: &Context) -> Verdict {
+    let disk = disk(ctx, "/data");
+    let vm = started(ctx, |config| config.disks.push(disk)).await?;
+    let nonce = Nonce::plant_in(ctx, &vm, "/data").await?;
+    let children = forked(&vm, ctx.draw(1, 2)).await?;
+    for child in &children {
+        nonce.replace(ctx, child).await?;
+    }
+    vm.stop(StopOptions::default()).await?;
+    for child in &children {
+        child.stop(StopOptions::default()).await?;
+    }
+    drop(children);
+    vm.start().await?;
+    nonce.there(&vm, "on the disk after the children's end").await
 }
 
 async fn clocks(ctx: &Context) -> Verdict {

@@ -10,7 +10,8 @@ use crate::{
 use bytes::Bytes;
 use vm_core::fault::{FaultKind, FaultOrder};
 use vm_trait::{
-    Mib, RestoreOptions, Snapshot, SnapshotOptions, VmConfig, VmErrorKind, VmInstanceExt, VmState,
+    Capability, Mib, RestoreOptions, Snapshot, SnapshotOptions, VmConfig, VmErrorKind,
+    VmInstanceExt, VmState,
 };
 
 /// The clauses on integrity.
@@ -46,6 +47,10 @@ pub(super) const CLAUSES: &[Clause] = &[
 
 /// Takes a snapshot of a running machine and gives its bytes.
 async fn exported(ctx: &Context, vm: &Vm) -> Result<Bytes, Broken> {
+    // A machine that holds more has a longer image, which stands apart from what comes before it.
+    if ctx.has(Capability::Files) && ctx.one_in(2) {
+        vm.write(&format!("{}/filler", ctx.scratch(&**vm)), ctx.bytes(16 << 10)).await?;
+    }
     let snapshot = vm.snapshot(SnapshotOptions::default()).await?;
     let bytes = ctx.backend().export_snapshot(&snapshot).await?;
     ctx.backend().delete_snapshot(&snapshot).await?;

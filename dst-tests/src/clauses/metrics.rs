@@ -39,6 +39,9 @@ async fn always_answer(ctx: &Context) -> Verdict {
         ensure_eq!(metrics.boot, None, "the boot times in Created");
         ensure_eq!(metrics.processes.unwrap_or(0), 0, "the programs in Created");
     }
+    if matches!(stage, Stage::Stopped | Stage::Crashed) {
+        ensure_eq!(metrics.uptime, None, "the uptime after the end");
+    }
     ensure!(stage.holds(&vm.state()), "after metrics in {stage:?}: {}", vm.state());
     Ok(())
 }
@@ -66,7 +69,9 @@ async fn uptime(ctx: &Context) -> Verdict {
 
 async fn paused(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
-    let (mut low, mut high) = (Duration::ZERO, Duration::ZERO);
+    // A machine that is a copy stood still at first.
+    let before = vm.metrics().await?.paused.unwrap_or_default();
+    let (mut low, mut high) = (before, before);
     for _ in 0..ctx.draw(1, 3) {
         let begun = ctx.now();
         vm.pause().await?;

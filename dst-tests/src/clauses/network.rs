@@ -2,7 +2,7 @@
 
 use crate::{
     clause,
-    clause::{Clause, Verdict},
+    clause::{Broken, Clause, Verdict},
     context::Context,
     ensure, ensure_eq, ensure_err,
 };
@@ -58,7 +58,7 @@ async fn bad_ports(ctx: &Context) -> Verdict {
 async fn written_and_read(ctx: &Context) -> Verdict {
     let mut config = VmConfig::default();
     config.network = drawn(ctx, ctx.draw(0, 20));
-    let broken = |error: serde_json::Error| crate::clause::Broken::new(error.to_string());
+    let broken = |error: serde_json::Error| Broken::new(error.to_string());
     let mut value = serde_json::to_value(&config).map_err(broken)?;
     let read: VmConfig = serde_json::from_value(value.clone()).map_err(broken)?;
     ensure_eq!(read, config, "a configuration that was written and read");

@@ -1,14 +1,15 @@
 //! Machines in launcher processes: those of KVM and those of libkrun.
 
 use super::{
-    Detail, RunReport, Target,
+    Detail, Run, RunReport, Target,
     real::{FaultyHypervisor, FillingFs, RealFaults, RunDir},
-    recorder::Recorder,
+    recorder::Records,
     tokio::{real_env, real_time_runtime, run_setup},
 };
 use crate::{
     clause::Clause,
     context::Setup,
+    history::Assignment,
     panics::PanicSink,
     pool::{HandleEnv, WarmPool},
     runner::cores,
@@ -230,13 +231,13 @@ impl<H: Launchers> LauncherTarget<H> {
 
     /// Runs a clause in the runtime and on the backend that it has in common with others: on machines that it shares, or
     /// on machines of its own that are forked.
-    fn run_beside_others(&self, run: (&'static Clause, u64)) -> RunReport {
+    fn run_beside_others(&self, run: Run) -> RunReport {
         let bench = match self.bench() {
             Ok(bench) => bench,
             Err(why) => return RunReport { broken: Some(why), ..RunReport::default() },
         };
         let faults = bench.faults.for_run();
-        let shares = run.0.shares_machine();
+        let shares = run.clause.shares_machine();
         let backend = bench.backend.for_run(&faults);
         let template = bench.template.clone();
         let setup = Setup {
@@ -267,19 +268,20 @@ impl<H: Launchers> LauncherTarget<H> {
         report
     }
 
-    fn run_alone(
-        &self,
-        run: (&'static Clause, u64),
-        timeline: Option<Arc<Mutex<Vec<String>>>>,
-    ) -> RunReport {
+    fn run_alone(&self, run: Run, detail: Detail) -> RunReport {
         let host = match self.host() {
             Ok(host) => host,
             Err(why) => return RunReport { broken: Some(why), ..RunReport::default() },
         };
         let sink = PanicSink::default();
         let guard = sink.join();
-        let report = run_setup(run, LIMITS, &sink, |env| async { host.open(env, run.0, timeline) });
+        let records = Records::new(detail);
+        let opened = records.clone();
+        let clause = run.clause;
+        let mut report =
+            run_setup(run, LIMITS, &sink, |env| async move { host.open(env, clause, &opened) });
         drop(guard);
+        report.timeline = records.take();
         report
     }
 }
@@ -323,16 +325,17 @@ impl<H: Launchers> Target for LauncherTarget<H> {
     }
 
     fn run(&self, clause: &'static Clause, seed: u64, detail: Detail) -> RunReport {
-        if (clause.shares_machine() || (H::claims().has(Capability::Fork) && forks(clause)))
-            && detail == Detail::Fingerprint
-        {
-            return self.run_beside_others((clause, seed));
+        // A record is made of machines that no other run has.
+        let beside_others = matches!(detail, Detail::Fingerprint | Detail::Record);
+        let forked = H::claims().has(Capability::Fork) && forks(clause);
+        if (clause.shares_machine() || forked) && beside_others {
+            return self.run_beside_others(Run::of(clause, seed));
         }
-        let lines: Arc<Mutex<Vec<String>>> = Arc::default();
-        let timeline = (detail == Detail::Timeline).then(|| lines.clone());
-        let mut report = self.run_alone((clause, seed), timeline);
-        report.timeline = std::mem::take(&mut lines.lock().unwrap_or_else(PoisonError::into_inner));
-        report
+        self.run_alone(Run::of(clause, seed), detail)
+    }
+
+    fn carry_out(&self, assignment: &Arc<Assignment>, detail: Detail) -> RunReport {
+        self.run_alone(Run::of_script(assignment), detail)
     }
 }
 
@@ -370,27 +373,20 @@ impl<H: Launchers> Host<H> {
         Backend { core, faults, made: Arc::default() }
     }
 
-    fn open(
-        &self,
-        env: Arc<dyn Env>,
-        clause: &Clause,
-        timeline: Option<Arc<Mutex<Vec<String>>>>,
-    ) -> Result<Setup, String> {
-        let dir = match clause.needs_faults.contains(&FaultKind::HostDiskFull) {
+    fn open(&self, env: Arc<dyn Env>, clause: &Clause, records: &Records) -> Result<Setup, String> {
+        let fills = clause.needs_faults.contains(&FaultKind::HostDiskFull)
+            || (clause.group() == "history" && RunDir::can_be_full());
+        let dir = match fills {
             true => Arc::new(RunDir::that_can_be_full()?),
             false => Arc::new(RunDir::new()?),
         };
-        let observer: Arc<dyn Observer> = match timeline {
-            Some(lines) => Arc::new(Recorder::new(env.clone(), lines)),
-            None => Arc::new(NoObserver),
-        };
-        let backend = self.backend(env.clone(), observer, &dir);
+        let backend = self.backend(env.clone(), records.observer(&env), &dir);
         let (faults, launchers) = (backend.faults.clone(), backend.launchers(&self.hypervisor));
         let host_dir = dir.path().to_owned();
         Ok(Setup {
             backend: Arc::new(backend),
             env,
-            faults: Some(Arc::new(faults)),
+            faults: Some(records.faults(Arc::new(faults))),
             scratch: Arc::new(|_| "/tmp".to_owned()),
             host_dir,
             host_fs: Arc::new(StdFs),
@@ -418,8 +414,8 @@ fn forks(clause: &Clause) -> bool {
         matches!(kind, FaultKind::VmmKilled | FaultKind::GuestPanic)
             || matches!(kind.scope(), FaultScope::Exec | FaultScope::File | FaultScope::Link)
     };
-    // Chaos draws its faults as it goes.
-    clause.group() != "chaos" && clause.needs_faults.iter().all(of_its_own)
+    // Chaos and histories draw their faults as they go.
+    !matches!(clause.group(), "chaos" | "history") && clause.needs_faults.iter().all(of_its_own)
 }
 
 impl<H: Launchers> SharedBench<H> {

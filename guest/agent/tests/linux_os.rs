@@ -177,8 +177,8 @@ fn exec_errors_are_told_as_such() {
     let dir = tempfile::tempdir().unwrap();
     let file = |name: &str, content: &str, mode: u32| {
         let path = dir.path().join(name);
-        std::fs::write(&path, content).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+        fs::write(&path, content).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
         text(&path).to_owned()
     };
     let mut os = os();
@@ -203,7 +203,7 @@ fn exec_errors_are_told_as_such() {
 fn a_program_starts_with_clean_signals_descriptors_and_session() {
     let script = "grep -E '^Sig(Blk|Ign):' /proc/self/status; ls /proc/$$/fd; umask; \
                   cut -d' ' -f1,5,6 /proc/$$/stat";
-    let leak = std::fs::File::open("/dev/null").unwrap();
+    let leak = fs::File::open("/dev/null").unwrap();
     rustix::io::fcntl_setfd(&leak, rustix::io::FdFlags::empty()).unwrap();
     let mut os = os();
     let spawned = os.spawn(&sh(script)).unwrap();
@@ -341,7 +341,7 @@ fn directories_links_and_errors_are_told() {
     os.mkdir(&at("dir"), 0o777).unwrap();
     assert_eq!(os.stat(&at("dir")).unwrap().mode, 0o777, "no umask applies");
     assert_eq!(os.mkdir(&at("dir"), 0o700), Err(Errno::EXIST));
-    std::fs::write(at("dir/file"), "x").unwrap();
+    fs::write(at("dir/file"), "x").unwrap();
     std::os::unix::fs::symlink("dir/file", at("link")).unwrap();
     rustix::fs::mkfifoat(rustix::fs::CWD, at("fifo"), rustix::fs::Mode::RUSR).unwrap();
     let mut listing = os.read_dir(text(dir.path())).unwrap();
@@ -357,7 +357,7 @@ fn directories_links_and_errors_are_told() {
     );
     assert_eq!(os.lstat(&at("link")).unwrap().kind, EntryKind::Symlink);
     let stat = os.stat(&at("link")).unwrap();
-    let real = std::fs::metadata(at("dir/file")).unwrap();
+    let real = fs::metadata(at("dir/file")).unwrap();
     assert_eq!((stat.kind, stat.size, stat.uid), (EntryKind::File, 1, real.uid()));
     let nanos = u64::try_from(real.mtime() * 1_000_000_000 + real.mtime_nsec()).unwrap();
     assert_eq!(stat.modified_ns, nanos);
@@ -384,13 +384,13 @@ fn directories_links_and_errors_are_told() {
 fn a_tree_is_removed_whatever_stands_in_it() {
     let dir = tempfile::tempdir().unwrap();
     let outside = dir.path().join("outside");
-    std::fs::write(&outside, "stays").unwrap();
+    fs::write(&outside, "stays").unwrap();
     let root = dir.path().join("root");
-    std::fs::create_dir_all(root.join("a/b/c")).unwrap();
+    fs::create_dir_all(root.join("a/b/c")).unwrap();
     std::os::unix::fs::symlink(&outside, root.join("a/link")).unwrap();
     for path in ["a/b/c", "a/b", "a"] {
-        let none = std::fs::Permissions::from_mode(0o0);
-        std::fs::set_permissions(root.join(path), none).unwrap();
+        let none = fs::Permissions::from_mode(0o0);
+        fs::set_permissions(root.join(path), none).unwrap();
     }
     remove_tree(&root).unwrap();
     assert!(!root.exists() && outside.exists());

@@ -6,6 +6,7 @@ use serde::{
     de::{Error, SeqAccess, Visitor},
 };
 use std::{fmt, marker::PhantomData};
+use vm_planted_bugs::{Bug, planted};
 
 /// Reads a list of at most `MOST` things.
 pub(crate) fn list<'de, const MOST: usize, T, D>(deserializer: D) -> Result<Vec<T>, D::Error>
@@ -29,7 +30,7 @@ where
             // What is announced may not be there.
             let mut list = Vec::with_capacity(length.min(64));
             while let Some(item) = seq.next_element()? {
-                if list.len() == MOST {
+                if list.len() == if planted(Bug::LongListsAreRefused) { 64 } else { MOST } {
                     return Err(Error::invalid_length(MOST + 1, &self));
                 }
                 list.push(item);

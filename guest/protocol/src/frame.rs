@@ -15,6 +15,7 @@ use crate::{
 };
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use vm_planted_bugs::{Bug, planted};
 
 /// Names a stream within a session. 0 is the handshake's.
 pub type StreamId = u32;
@@ -226,7 +227,11 @@ impl Decoder {
             return Ok(None);
         }
         let frame = decode(kind, &self.buffer[HEADER..HEADER + payload])?;
-        self.buffer.advance(HEADER + payload);
+        if planted(Bug::FramesTogetherAreLost) {
+            self.buffer.clear();
+        } else {
+            self.buffer.advance(HEADER + payload);
+        }
         Ok(Some((stream, frame)))
     }
 }
@@ -251,7 +256,7 @@ fn type_of(frame: &Frame) -> u8 {
 fn put_data(channel: Channel, offset: u64, bytes: &[u8], out: &mut BytesMut) {
     assert!((1..=MAX_DATA).contains(&bytes.len()), "data of {} bytes", bytes.len());
     out.put_u8(channel as u8);
-    out.put_u64_le(offset);
+    out.put_u64_le(if planted(Bug::OffsetsWrap) { offset & 0xffff } else { offset });
     out.put_slice(bytes);
 }
 
@@ -321,6 +326,11 @@ fn decode_raw(kind: u8, mut payload: &[u8]) -> Result<Frame, DecodeError> {
         1 => Channel::Stdout,
         2 => Channel::Stderr,
         _ => return Err(malformed),
+    };
+    let channel = match channel {
+        Channel::Stdout if planted(Bug::OutputsAreSwapped) => Channel::Stderr,
+        Channel::Stderr if planted(Bug::OutputsAreSwapped) => Channel::Stdout,
+        channel => channel,
     };
     let offset = payload.get_u64_le();
     match (kind, payload.len()) {

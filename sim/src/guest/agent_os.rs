@@ -18,6 +18,7 @@ use vm_guest_agent::os::{
     Child, ChildExit, Errno, Fd, GuestOs, Output, ReadOutcome, SpawnSpec, Spawned, SysResult,
 };
 use vm_guest_protocol::{EntryKind, StatEntry, TermSize};
+use vm_planted_bugs::{Bug, planted};
 
 /// What a started process's new files are not given.
 const UMASK: u32 = 0o022;
@@ -291,7 +292,9 @@ impl GuestOs for SimOs {
         if pty.size != (size.rows, size.cols) {
             pty.size = (size.rows, size.cols);
             let group = pty.group;
-            self.kernel.signal_group(group, signals::WINCH);
+            if !planted(Bug::ResizeIsSilent) {
+                self.kernel.signal_group(group, signals::WINCH);
+            }
         }
         Ok(())
     }
@@ -310,6 +313,9 @@ impl GuestOs for SimOs {
         if held.exit.is_none() {
             let process = self.kernel.processes.get(&held.pid)?;
             held.exit = process.exit;
+            if planted(Bug::StatusOfAnother) && process.exit.is_some() {
+                held.exit = self.kernel.processes.values().rev().find_map(|other| other.exit);
+            }
             if held.exit.is_some() {
                 self.kernel.processes.remove(&held.pid);
             }

@@ -3,6 +3,7 @@
 use bytes::{Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
+use vm_planted_bugs::{Bug, planted};
 
 /// How many bytes a pipe holds.
 pub(super) const CAPACITY: usize = 64 << 10;
@@ -99,11 +100,12 @@ impl Pipe {
         if bytes.is_empty() {
             return Taken::Some(0);
         }
+        let given = bytes.len();
         bytes.truncate(CAPACITY - self.queue.len());
         if bytes.is_empty() {
             return Taken::Full;
         }
-        let taken = bytes.len();
+        let taken = if planted(Bug::FullPipeLosesBytes) { given } else { bytes.len() };
         if let Some(left) = &mut self.cut_after {
             bytes.truncate(usize::try_from(*left).unwrap_or(usize::MAX));
             *left -= bytes.len() as u64;

@@ -2,6 +2,7 @@
 
 use bytes::{Bytes, BytesMut};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use vm_planted_bugs::{Bug, planted};
 
 /// Appends below this are merged into the chunk before, so that many small writes do not make many chunks.
 const MERGE: usize = 4096;
@@ -78,7 +79,7 @@ impl Rope {
         let tail = self.split_from(end);
         self.truncate(offset);
         self.push(bytes);
-        for chunk in tail {
+        for chunk in tail.into_iter().filter(|_| !planted(Bug::WriteCutsTheRest)) {
             self.push(chunk);
         }
     }

@@ -2,6 +2,7 @@
 
 use super::{kernel::Kernel, process::AGENT};
 use vm_guest_agent::os::{ChildExit, Errno, SysResult};
+use vm_planted_bugs::{Bug, planted};
 
 pub(super) const HUP: u8 = 1;
 pub(super) const KILL: u8 = 9;
@@ -72,7 +73,7 @@ impl Kernel {
         let mask = bit(signal);
         match signal {
             KILL => {}
-            CONT => process.stopped = false,
+            CONT => process.stopped = planted(Bug::StoppedStaysStopped) && process.stopped,
             STOP => {
                 process.stopped = true;
                 return;
@@ -100,6 +101,7 @@ impl Kernel {
             .iter()
             .filter(|(_, it)| it.group == group)
             .map(|(pid, _)| *pid)
+            .filter(|pid| *pid == group || !planted(Bug::KillMissesChildren))
             .collect();
         if signal != 0 {
             members.iter().for_each(|pid| self.send_signal(*pid, signal));

@@ -16,6 +16,7 @@ use vm_guest_agent::{
     core::{AgentConfig, AgentCore, ConnId},
     os::GuestOs,
 };
+use vm_planted_bugs::{Bug, planted};
 use vm_trait::CrashReason;
 
 /// How many steps the guest's processes make at one instant before time goes on.
@@ -112,6 +113,9 @@ impl Guest {
     }
 
     pub(super) fn thaw(&mut self, now: Duration) {
+        if planted(Bug::ClockRunsWhilePaused) {
+            self.base = self.base.max(now);
+        }
         self.running_since.get_or_insert(now);
     }
 
@@ -119,7 +123,9 @@ impl Guest {
     pub(super) fn copy(&self) -> Self {
         let mut copy = self.clone();
         copy.agent.reset_connections();
-        copy.os.vsock_reset();
+        if !planted(Bug::CopyKeepsStreams) {
+            copy.os.vsock_reset();
+        }
         copy
     }
 
@@ -151,7 +157,7 @@ impl Guest {
         Ok(Self {
             agent,
             os,
-            base: saved.base,
+            base: if planted(Bug::LoadedClockBeginsAnew) { Duration::ZERO } else { saved.base },
             running_since: None,
             boot: saved.boot,
             busy_until: saved.busy_until,
@@ -440,6 +446,9 @@ impl Guest {
             match event {
                 OsEvent::Console(line) => console.line(&line),
                 OsEvent::PowerOff | OsEvent::Reboot => {
+                    progress.exit.get_or_insert(MachineExit::PoweredOff);
+                }
+                OsEvent::Panic(_) if planted(Bug::PanicLooksLikePowerOff) => {
                     progress.exit.get_or_insert(MachineExit::PoweredOff);
                 }
                 OsEvent::Panic(_) => {

@@ -30,6 +30,7 @@ use vm_core::{
     },
 };
 use vm_guest_protocol::AGENT_PORT;
+use vm_planted_bugs::{Bug, planted};
 use vm_trait::{Capabilities, HostLimits, Inspection, MemoryRegion, Mib, VcpuInspection, VmConfig};
 
 /// The version of a machine's state.
@@ -444,6 +445,7 @@ impl SimMachine {
         let child = Shared::create(world, spec.clone())?;
         let machine = SimMachine(child);
         let mut state = machine.0.lock();
+        state.disks_attached = planted(Bug::ChildSharesDisk);
         machine.0.install(&mut state, guest, false);
         drop(state);
         Ok(Arc::new(machine))

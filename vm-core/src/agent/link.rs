@@ -17,6 +17,7 @@ use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use vm_guest_protocol::{
     AGENT_PORT, Decoder, Frame, PROTOCOL_VERSION, Request, StreamId, Welcome, encode,
 };
+use vm_planted_bugs::{Bug, planted};
 use vm_trait::VmErrorKind;
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(5);
@@ -30,6 +31,8 @@ const READS_A_POLL: u32 = 64;
 struct Connection {
     link: Box<dyn Link>,
     decoder: Decoder,
+    /// The streams that the agent was told of as live.
+    live: Vec<StreamId>,
 }
 
 /// Why a connection or a dial came to nothing.
@@ -58,7 +61,7 @@ pub(super) async fn run(inner: Arc<Inner>) {
         });
         let fall = match dialled.await {
             Ok(Ok((connection, welcome))) => {
-                inner.up(&welcome, established, failed_dials);
+                inner.up(&welcome, established, failed_dials, &connection.live);
                 (established, down_since, failed_dials) = (true, None, 0);
                 let up_at = env.now();
                 let fall = serve(&inner, connection).await;
@@ -131,7 +134,7 @@ async fn shake_hands(
     mut link: Box<dyn Link>,
     resume: bool,
 ) -> Result<(Connection, Welcome), Fall> {
-    let hello = inner.hello(&inner.lock(), resume);
+    let (hello, live) = inner.hello(&inner.lock(), resume);
     let mut bytes = BytesMut::new();
     encode(0, &hello, &mut bytes);
     inner.record(&Occurrence::Frame { sent: true, stream: 0, frame: &hello });
@@ -142,7 +145,7 @@ async fn shake_hands(
             inner.record(&Occurrence::Frame { sent: false, stream, frame: &frame });
             return match frame {
                 Frame::Welcome(welcome) if welcome.version == PROTOCOL_VERSION => {
-                    Ok((Connection { link, decoder }, welcome))
+                    Ok((Connection { link, decoder, live }, welcome))
                 }
                 Frame::Refused(refusal) => {
                     inner.refused(&refusal);
@@ -160,7 +163,7 @@ async fn shake_hands(
 
 /// Carries frames both ways until the connection falls.
 async fn serve(inner: &Inner, connection: Connection) -> Fall {
-    let Connection { link, decoder } = connection;
+    let Connection { link, decoder, .. } = connection;
     let mut carrier = Carrier {
         inner,
         link,
@@ -312,7 +315,7 @@ impl Inner {
         Ok(())
     }
 
-    fn up(&self, welcome: &Welcome, established: bool, failed_dials: u32) {
+    fn up(&self, welcome: &Welcome, established: bool, failed_dials: u32, live: &[StreamId]) {
         let resumed = established && welcome.resumed;
         self.record(&Occurrence::LinkUp { resumed, failed_dials });
         let mut state = self.lock();
@@ -323,6 +326,12 @@ impl Inner {
         let back = state.session_count > 0;
         state.session_count += 1;
         state.link = LinkState::Up;
+        // What was dropped while hands were shaken was live when that began.
+        for id in live.iter().filter(|_| resumed) {
+            if !state.streams.contains_key(id) {
+                self.send(&mut state, *id, &Frame::Close);
+            }
+        }
         let ids: Vec<_> = state.streams.keys().copied().collect();
         for id in ids {
             if let Some(stream) = state.streams.get_mut(&id) {
@@ -330,12 +339,12 @@ impl Inner {
             }
             self.announce(&mut state, id);
         }
-        if back {
+        if back && !planted(Bug::ReconnectsAreNotCounted) {
             state.reconnects += 1;
         }
         state.wake_up_waiters();
         drop(state);
-        if back {
+        if back && !planted(Bug::ReturnIsNotTold) {
             self.tell_listener(true);
         }
     }

@@ -27,6 +27,7 @@ use std::{
 };
 use stream::{End, Stream};
 use vm_guest_protocol::{Frame, GuestError, Hello, Reply, Request, StreamId, encode};
+use vm_planted_bugs::{Bug, planted};
 use vm_trait::{Timeouts, VmErrorKind, VmId};
 
 /// A client of one machine's agent. Clones share it.
@@ -156,7 +157,12 @@ impl AgentClient {
     pub(crate) fn interrupt(&self) {
         let mut state = self.inner.lock();
         state.shutting_down = true;
-        state.cut_streams(&VmErrorKind::Interrupted);
+        let why = if planted(Bug::InterruptedLooksLost) {
+            VmErrorKind::Disconnected
+        } else {
+            VmErrorKind::Interrupted
+        };
+        state.cut_streams(&why);
         state.wake_up_waiters();
     }
 
@@ -239,7 +245,7 @@ impl AgentClient {
         request: Request,
         prepare: impl FnOnce(&mut Stream),
     ) -> Result<StreamGuard, VmErrorKind> {
-        if !vm_guest_protocol::frame::fits(&request) {
+        if !vm_guest_protocol::frame::fits(&request) && !planted(Bug::RequestMayBeTooLarge) {
             return Err(VmErrorKind::invalid("request", "larger than a frame may be"));
         }
         let mut state = self.inner.lock();
@@ -289,7 +295,7 @@ impl Inner {
                     self.send(state, id, &credit);
                 }
             }
-        } else {
+        } else if !(planted(Bug::RequestIsNotRepeated) && state.reconnects > 0) {
             let open = Frame::Open(stream.request.clone());
             self.send(state, id, &open);
         }
@@ -306,14 +312,17 @@ impl Inner {
         }
     }
 
-    /// Puts the first frame of a connection together.
-    fn hello(&self, state: &ClientState, resume: bool) -> Frame {
-        Frame::Hello(Hello {
+    /// Puts the first frame of a connection together, and gives the streams that it names.
+    fn hello(&self, state: &ClientState, resume: bool) -> (Frame, Vec<StreamId>) {
+        let live: Vec<_> =
+            if resume { state.streams.keys().copied().collect() } else { Vec::new() };
+        let hello = Hello {
             version: vm_guest_protocol::PROTOCOL_VERSION,
             session: state.session,
             resume,
-            live: if resume { state.streams.keys().copied().collect() } else { Vec::new() },
-        })
+            live: live.clone(),
+        };
+        (Frame::Hello(hello), live)
     }
 }
 
@@ -416,9 +425,12 @@ impl Drop for StreamGuard {
         if state.shutting_down {
             return;
         }
-        inner.send(&mut state, self.id, &Frame::Close);
+        if !planted(Bug::DroppedStaysOpen) {
+            inner.send(&mut state, self.id, &Frame::Close);
+        }
         // The agent only forgets a stream that has ended: that may travel with the next request.
-        if !matches!(stream.end, Some(End::Done(_) | End::Failed(_) | End::Exited(_))) {
+        let over = matches!(stream.end, Some(End::Done(_) | End::Failed(_) | End::Exited(_)));
+        if !over && !planted(Bug::DropWaitsForNextRequest) {
             state.wake_link();
         }
     }
@@ -442,6 +454,9 @@ fn kind_of(error: &GuestError) -> VmErrorKind {
         G::NotADirectory => file(GuestFileError::NotADirectory),
         G::IsADirectory => file(GuestFileError::IsADirectory),
         G::DirectoryNotEmpty => file(GuestFileError::DirectoryNotEmpty),
+        G::OutOfSpace if planted(Bug::FullDiskLooksLikeIo) => {
+            file(GuestFileError::Io { errno: error.errno })
+        }
         G::OutOfSpace => file(GuestFileError::OutOfSpace),
         G::ReadOnly => file(GuestFileError::ReadOnly),
         G::InvalidPath => file(GuestFileError::InvalidPath),

@@ -7,6 +7,7 @@ use std::time::Duration;
 use vm_guest_protocol::{
     Channel, ExecSpec, ProcessExit, Reply, Request, ResourceLimit, Started, TermSize, UserSpec,
 };
+use vm_planted_bugs::{Bug, planted};
 use vm_trait::{
     ExecFailure, ExecOutput, ExecRequest, ExecStatus, GuestProcessHandle, Limit, Operation,
     OutputChannel, OutputOffsets, ProcessId, ProcessInfo, Resource, Signal, Stdin, TtySize, User,
@@ -123,6 +124,9 @@ async fn collect(
 ) -> Result<ProcessExit, VmErrorKind> {
     loop {
         let news = guard.wait(|stream| {
+            if let (Some(end), true) = (&stream.end, planted(Bug::ExitOvertakesOutput)) {
+                return Some(Err(end.clone()));
+            }
             let news = (stream.stdout.take(), stream.stderr.take());
             match (&news, &stream.end) {
                 ((None, None), None) => None,
@@ -138,7 +142,9 @@ async fn collect(
                 }
                 if let Some(chunk) = err {
                     stderr.push(chunk);
-                    guard.grant(Channel::Stderr);
+                    if !planted(Bug::StderrCreditForgotten) {
+                        guard.grant(Channel::Stderr);
+                    }
                 }
             }
             Err(end) => return exit_of(end),
@@ -184,6 +190,9 @@ fn spec(
     }
     let mut env = config.env.clone();
     env.extend(request.env);
+    if planted(Bug::MachineEnvironmentWins) {
+        env.extend(config.env.clone());
+    }
     let input = match request.stdin {
         Stdin::Empty => Input::None,
         Stdin::Bytes(bytes) => Input::Bytes(bytes),
@@ -225,7 +234,8 @@ fn exit_of(end: End) -> Result<ProcessExit, VmErrorKind> {
 }
 
 fn status_of(exit: &ProcessExit) -> ExecStatus {
-    match (exit.timed_out, exit.signal, exit.code) {
+    let timed_out = exit.timed_out && !planted(Bug::TimeoutLooksLikeSignal);
+    match (timed_out, exit.signal, exit.code) {
         (true, ..) => ExecStatus::TimedOut,
         (false, Some(signal), _) => ExecStatus::Signaled(Signal(signal)),
         (false, None, code) => ExecStatus::Exited(code.unwrap_or(0)),
@@ -247,7 +257,8 @@ impl Limited {
 
     fn push(&mut self, mut chunk: Bytes) {
         let length = self.first.len() + self.kept.len();
-        let room = self.limit.saturating_sub(length).min(chunk.len());
+        let limit = self.limit.saturating_add(usize::from(planted(Bug::OneByteOverLimit)));
+        let room = limit.saturating_sub(length).min(chunk.len());
         self.dropped += (chunk.len() - room) as u64;
         chunk.truncate(room);
         if chunk.is_empty() {
@@ -406,6 +417,9 @@ impl GuestProcessHandle for ProcessHandle {
     }
 
     async fn detach(&self) -> VmResult<()> {
+        if planted(Bug::DetachIsForgotten) {
+            return Ok(());
+        }
         self.ask(Request::Detach { process: self.started.process }).await
     }
 }

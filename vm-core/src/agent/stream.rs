@@ -5,6 +5,7 @@ use std::{collections::VecDeque, task::Waker};
 use vm_guest_protocol::{
     Channel, DEFAULT_WINDOW, Frame, GuestError, MAX_DATA, ProcessExit, Reply, Request, Started,
 };
+use vm_planted_bugs::{Bug, planted};
 use vm_trait::VmErrorKind;
 
 /// How many bytes of a channel the host holds for a reader.
@@ -170,6 +171,8 @@ impl Incoming {
         }
         let known = self.received - offset;
         if known < length {
+            let repeated = planted(Bug::RepeatedOutputIsKept);
+            let known = if repeated { 0 } else { known };
             let skip = usize::try_from(known).map_err(|_| Breach("offset overflow"))?;
             self.held += length - known;
             self.received = end;
@@ -189,7 +192,8 @@ impl Incoming {
     /// Takes the next bytes out, if any.
     pub(super) fn take(&mut self) -> Option<Bytes> {
         let chunk = self.chunks.pop_front()?;
-        self.held -= chunk.len() as u64;
+        let given = chunk.len() as u64;
+        self.held -= if planted(Bug::CreditLeaks) { given.min(4096) } else { given };
         Some(chunk)
     }
 
@@ -285,8 +289,10 @@ impl Outgoing {
     /// Forgets what was sent and not consumed on a connection that is lost; the agent's next credit says from where to
     /// repeat.
     pub(super) fn rewind(&mut self) {
-        self.sent = self.base;
-        self.eof_sent = false;
+        if !planted(Bug::InputIsNotRepeated) {
+            self.sent = self.base;
+        }
+        self.eof_sent = planted(Bug::EofIsNotRepeated) && self.eof_sent;
     }
 
     fn credit(&mut self, consumed: u64, window: u32) -> Result<(), Breach> {

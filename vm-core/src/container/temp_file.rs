@@ -9,6 +9,7 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
+use vm_planted_bugs::{Bug, planted};
 
 /// A file under a temporary name; gone when dropped before [`commit`](Self::commit) renamed it.
 #[derive(Debug)]
@@ -28,7 +29,7 @@ struct TempName {
 
 impl Drop for TempName {
     fn drop(&mut self) {
-        if self.armed {
+        if self.armed && !planted(Bug::HalfMadeFileIsLeft) {
             self.fs.remove_now(&self.path);
         }
     }
@@ -73,11 +74,16 @@ impl TempFile {
             let path = path.to_owned();
             move |error: io::Error| ContainerError::io(&path, &error)
         };
-        self.file.sync().await.map_err(fail(&self.name.path))?;
+        if !planted(Bug::SnapshotIsNotSynced) {
+            self.file.sync().await.map_err(fail(&self.name.path))?;
+        }
         let fs = &self.name.fs;
         fs.rename(&self.name.path, &self.target).await.map_err(fail(&self.target))?;
         self.name.armed = false;
         let dir = parent(&self.target);
+        if planted(Bug::SnapshotNameIsNotSynced) {
+            return Ok(());
+        }
         self.name.fs.sync_dir(dir).await.map_err(fail(dir))
     }
 }

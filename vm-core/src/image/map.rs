@@ -2,6 +2,7 @@
 
 use super::Piece;
 use bytes::{BufMut, Bytes, BytesMut};
+use vm_planted_bugs::{Bug, planted};
 
 /// The length of a run's encoding: offset, length, and whether it has content, as little-endian `u64`.
 const ENCODED: usize = 24;
@@ -120,7 +121,9 @@ pub(super) fn overlay(base: &[Piece], map: &ImageMap, layer: usize, start: u64) 
     let mut at = start;
     // A base may be longer: what lies behind the end is covered like anything else.
     let behind = Run { offset: map.total, length: u64::MAX - map.total, content: false };
-    for run in map.runs.iter().chain([&behind]) {
+    let says = |run: &&Run| run.content || !planted(Bug::ZerosDoNotCover);
+    let behind = [&behind].into_iter().filter(|_| !planted(Bug::BaseIsNotCut));
+    for run in map.runs.iter().filter(says).chain(behind) {
         let run_end = run.offset + run.length;
         while let Some(piece) = next.filter(|piece| piece.offset < run_end) {
             let piece_end = piece.offset + piece.length;
@@ -140,6 +143,9 @@ pub(super) fn overlay(base: &[Piece], map: &ImageMap, layer: usize, start: u64) 
             pieces.push(Piece { offset: run.offset, length: run.length, layer, at });
             at += run.length;
         }
+    }
+    if planted(Bug::BaseIsNotCut) {
+        pieces.extend(next.into_iter().chain(under));
     }
     pieces
 }

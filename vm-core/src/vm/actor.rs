@@ -23,6 +23,7 @@ use std::{
     time::Duration,
 };
 use tokio::sync::oneshot;
+use vm_planted_bugs::{Bug, planted};
 use vm_trait::{
     CrashReason, ForkOptions, Inspection, Operation, RestoreOptions, Snapshot, SnapshotOptions,
     StateInput, StopOptions, VmErrorKind, VmInstance, VmResult,
@@ -138,7 +139,9 @@ impl Actor {
                 Next::Exit(exit) => self.ended(exit).await,
                 Next::Command(Command { work: Work::Dispose, .. }) => {
                     let _ = self.end_by_force().await;
-                    self.core.lock().subscribers.end();
+                    if !planted(Bug::EventsNeverEnd) {
+                        self.core.lock().subscribers.end();
+                    }
                     return;
                 }
                 Next::Command(command) => self.serve(command).await,
@@ -231,8 +234,11 @@ impl Actor {
                 }
                 shared.watch_actor(cx);
             }
-            if reply.poll_closed(cx).is_ready() {
+            if reply.poll_closed(cx).is_ready() && !planted(Bug::GoneCallerIsServed) {
                 return Poll::Ready(Err(Cut::CallerGone));
+            }
+            if planted(Bug::DeadlineForgotten) {
+                return Poll::Pending;
             }
             let alarm = alarm.get_or_insert_with(|| core.parts.env.sleep(after));
             alarm.as_mut().poll(cx).map(|()| Err(Cut::Late(after)))
@@ -297,7 +303,9 @@ impl Actor {
             }
             Ok(Ok(MachineStatus::Paused)) => {
                 self.core.pauses().pause(self.core.now());
-                self.core.transition(&StateInput::PauseDone);
+                if !planted(Bug::PausedIsNotSettled) {
+                    self.core.transition(&StateInput::PauseDone);
+                }
             }
             Ok(Ok(MachineStatus::Ended) | Err(MachineError::Ended)) | Err(Cut::Exited(_)) => {
                 let exit = machine.wait().await;
@@ -320,7 +328,7 @@ impl Actor {
 
     pub(super) fn keep_console(&self) {
         let mut shared = self.core.lock();
-        if let Some(machine) = shared.machine.clone() {
+        if let Some(machine) = shared.machine.clone().filter(|_| !planted(Bug::ConsoleIsDropped)) {
             shared.console = machine.console();
         }
     }
@@ -330,7 +338,9 @@ impl Actor {
         self.keep_console();
         let (machine, client, life) = {
             let mut shared = self.core.lock();
-            shared.up_since = None;
+            if !planted(Bug::UptimeIsKept) {
+                shared.up_since = None;
+            }
             (shared.machine.take(), shared.client.take(), shared.life.clone())
         };
         life.cut(why);
@@ -338,7 +348,9 @@ impl Actor {
             client.end(why);
         }
         self.stale_guest = false;
-        self.tracked.clear();
+        if !planted(Bug::BasesOutliveMachine) {
+            self.tracked.clear();
+        }
         self.exit = None;
         let Some(machine) = machine else { return Ok(()) };
         let env = self.core.parts.env.clone();

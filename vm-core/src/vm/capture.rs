@@ -17,6 +17,7 @@ use std::{
 };
 use tokio::sync::oneshot;
 use vm_guest_protocol::PROTOCOL_VERSION;
+use vm_planted_bugs::{Bug, planted};
 use vm_trait::{
     ForkOptions, Inspection, Operation, RestoreOptions, Snapshot, SnapshotId, SnapshotMetadata,
     SnapshotOptions, VmConfig, VmError, VmErrorKind, VmEvent, VmInstance, VmResult, VmState,
@@ -74,7 +75,7 @@ impl Actor {
             arch: core.parts.hypervisor.arch().to_owned(),
             vcpus: core.config.vcpus,
             memory: core.config.memory,
-            label: options.label,
+            label: options.label.filter(|_| !planted(Bug::LabelIsForgotten)),
             base: base.as_ref().map(|base| base.id),
         };
         let mut writer = {
@@ -90,11 +91,17 @@ impl Actor {
             self.hold().await?;
         }
         let order = CaptureOrder {
-            since: base.as_ref().map(|base| base.generation),
+            since: match &base {
+                Some(_) if planted(Bug::NewestBaseIsTaken) => {
+                    self.tracked.back().map(|newest| newest.generation)
+                }
+                base => base.as_ref().map(|base| base.generation),
+            },
             track: options.tracked || base.is_some(),
         };
         let captured = self.drive(reply, after, machine.capture(order)).await;
-        if was_running && !matches!(captured, Err(Cut::Exited(_) | Cut::Preempted)) {
+        let stays = planted(Bug::FailedSaveLeavesPaused) && !matches!(captured, Ok(Ok(_)));
+        if was_running && !stays && !matches!(captured, Err(Cut::Exited(_) | Cut::Preempted)) {
             self.let_go().await?;
         }
         core.took("paused for a snapshot", core.stood_still().saturating_sub(stood_before));
@@ -156,7 +163,7 @@ impl Actor {
             Ok(seal) => seal?,
             Err(cut) => return Err(self.give_up(cut).await),
         };
-        if seal != tracked.seal {
+        if seal != tracked.seal && !planted(Bug::BaseIsNotLookedAt) {
             let detail = format!("{} is no longer {id}", tracked.path.display());
             return Err(VmErrorKind::SnapshotCorrupt { detail });
         }
@@ -205,7 +212,8 @@ impl Actor {
         reply: &mut Reply,
         options: &ForkOptions,
     ) -> Result<Vec<VmResult<Arc<dyn VmInstance>>>, VmErrorKind> {
-        if !(1..=MOST_CHILDREN).contains(&options.count) {
+        let fewest = u32::from(!planted(Bug::ForkIntoNone));
+        if !(fewest..=MOST_CHILDREN).contains(&options.count) {
             let reason = format!("{} given, 1 to {MOST_CHILDREN} are allowed", options.count);
             return Err(VmErrorKind::invalid("count", reason));
         }
@@ -229,21 +237,34 @@ impl Actor {
             self.hold().await?;
         }
         let forked = self.drive(reply, after, machine.fork(&specs)).await;
-        if was_running && !matches!(forked, Err(Cut::Exited(_) | Cut::Preempted)) {
+        // The children get going while the source does.
+        let children_run = was_running || planted(Bug::ChildrenRunAtOnce);
+        let forked = forked.map(|machines| {
+            let adopted = children.iter().zip(machines).map(|(child, machine)| {
+                machine.map(|machine| adopt(child.core(), machine, children_run))
+            });
+            adopted.collect::<Vec<_>>()
+        });
+        let resumes = was_running || planted(Bug::ForkResumesPaused);
+        if resumes && !matches!(forked, Err(Cut::Exited(_) | Cut::Preempted)) {
             self.let_go().await?;
         }
         core.took("paused for a fork", core.stood_still().saturating_sub(stood_before));
         let forked = match forked {
+            Ok(forked) if planted(Bug::OneFailedChildFailsAll) => {
+                let whole = forked.into_iter().collect::<Result<Vec<_>, _>>()?;
+                whole.into_iter().map(Ok).collect()
+            }
             Ok(forked) => forked,
             Err(cut) => return Err(self.give_up(cut).await),
         };
-        let outcomes = children.into_iter().zip(forked).map(|(child, machine)| async move {
-            let adopted = match machine {
-                Ok(machine) => adopt(child.core(), machine, was_running).await,
+        let outcomes = children.into_iter().zip(forked).map(|(child, adopted)| async move {
+            let outcome = match adopted {
+                Ok(answer) => adopted_with(answer.await),
                 Err(error) => Err(error.into()),
             };
             let id = child.core().id;
-            adopted
+            outcome
                 .map(|()| Arc::new(child) as Arc<dyn VmInstance>)
                 .map_err(|kind| VmError::new(Operation::Fork, kind).with_vm(id))
         });
@@ -265,15 +286,19 @@ impl Actor {
     }
 }
 
-/// Gives a forked machine to the actor of its VM, and waits until it is fit for use.
-async fn adopt(
-    child: &Arc<Core>,
-    machine: Arc<dyn Machine>,
-    resume: bool,
-) -> Result<(), VmErrorKind> {
+/// What becomes of a command, once the actor has carried it out.
+type Outcome = Result<Answer, VmErrorKind>;
+
+/// Gives a forked machine to the actor of its VM, which brings it up at once and then answers.
+fn adopt(child: &Arc<Core>, machine: Arc<dyn Machine>, resume: bool) -> oneshot::Receiver<Outcome> {
     let (reply, answer) = oneshot::channel();
     child.enqueue(Command { work: Work::Adopt { machine, resume }, reply });
-    match answer.await {
+    answer
+}
+
+/// Says whether a forked machine is fit for use, of the actor's answer.
+fn adopted_with(answer: Result<Outcome, oneshot::error::RecvError>) -> Result<(), VmErrorKind> {
+    match answer {
         Ok(Ok(Answer::Done)) => Ok(()),
         Ok(Err(kind)) => Err(kind),
         Ok(Ok(_)) | Err(_) => Err(VmErrorKind::Interrupted),

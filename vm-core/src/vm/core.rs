@@ -20,6 +20,7 @@ use std::{
     task::{Context, Poll, Waker},
     time::Duration,
 };
+use vm_planted_bugs::{Bug, planted};
 use vm_trait::{
     BootTimes, Capability, Operation, StateInput, VmConfig, VmErrorKind, VmEvent, VmExit, VmId,
     VmState,
@@ -155,6 +156,9 @@ impl Core {
         self.parts.observer.record(self.id, &occurrence);
         if next.is_ended() {
             shared.ends += 1;
+        }
+        let kept = planted(Bug::FirstExitIsKept) && shared.last_exit.is_some();
+        if next.is_ended() && !kept {
             shared.last_exit = Some(match (&next, input) {
                 (VmState::Crashed(reason), _) => VmExit::Crashed(reason.clone()),
                 (_, StateInput::PoweredOff) if from != VmState::Stopping => VmExit::PoweredOff,
@@ -162,7 +166,8 @@ impl Core {
             });
         }
         shared.subscribers.publish(&VmEvent::State { from, to: next });
-        for waker in shared.state_wakers.drain(..) {
+        let woken = if planted(Bug::OneWaiterIsWoken) { 1 } else { usize::MAX };
+        for waker in shared.state_wakers.drain(..).take(woken) {
             waker.wake();
         }
     }
@@ -227,6 +232,9 @@ impl Shared {
 
     /// Says whether a stop or kill waits to be served, or, for `kills_only`, a kill.
     pub(super) fn is_urgent(&self, kills_only: bool) -> bool {
+        if planted(Bug::StopWaitsItsTurn) {
+            return false;
+        }
         self.queue.iter().any(|command| match command.work {
             Work::Stop(_) => !kills_only,
             Work::Kill | Work::Dispose => true,
@@ -261,7 +269,10 @@ impl Call<'_> {
         self.ended = true;
         self.note(result.as_ref().map_or_else(VmErrorKind::code, |_| "ok"));
         let (operation, vm) = (self.operation, self.core.id);
-        result.map_err(|kind| vm_trait::VmError::new(operation, kind).with_vm(vm))
+        result.map_err(|kind| {
+            let error = vm_trait::VmError::new(operation, kind);
+            if planted(Bug::CallForgetsMachine) { error } else { error.with_vm(vm) }
+        })
     }
 
     fn note(&self, outcome: &'static str) {

@@ -7,6 +7,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError, Weak},
     task::{Context, Poll, Waker},
 };
+use vm_planted_bugs::{Bug, planted};
 use vm_trait::VmEvent;
 
 /// How many events a reader may be behind.
@@ -40,7 +41,7 @@ impl Subscribers {
         self.each(|queue| {
             if queue.events.len() == MOST {
                 queue.events.pop_front();
-                queue.missed += 1;
+                queue.missed += u64::from(!planted(Bug::MissedEventsAreNotTold));
             }
             queue.events.push_back(event.clone());
         });

@@ -10,6 +10,7 @@ use futures_util::{
     future::{Either, select, try_join},
 };
 use std::{future::poll_fn, pin::pin, sync::Arc, task::Poll, time::Duration};
+use vm_planted_bugs::{Bug, planted};
 use vm_trait::{
     BootStage, BootTimes, Capability, CrashReason, StateInput, StopOptions, VmErrorKind,
 };
@@ -74,7 +75,9 @@ impl Actor {
     /// Removes a machine that did not come up; the VM is then Stopped.
     async fn abandon(&mut self, kind: VmErrorKind) -> Result<(), VmErrorKind> {
         let removed = self.remove_machine(&kind).await;
-        self.core.transition(&StateInput::BootAbandoned);
+        if !planted(Bug::FailedReviveStaysStarting) {
+            self.core.transition(&StateInput::BootAbandoned);
+        }
         removed.and(Err(kind))
     }
 
@@ -117,7 +120,9 @@ impl Actor {
             |core: &super::core::Core| after.saturating_sub(core.now().saturating_sub(began));
         let life = {
             let mut shared = core.lock();
-            shared.pauses = Arc::default();
+            if !planted(Bug::PausesOutliveMachine) {
+                shared.pauses = Arc::default();
+            }
             shared.life = Arc::default();
             shared.boot = None;
             shared.lives += 1;
@@ -154,7 +159,7 @@ impl Actor {
             let greeted = self.greet(reply, left(&core), !boots, sections.as_ref()).await;
             outcome = greeted.map_err(at(BootStage::Handshake));
         } else if outcome.is_ok() {
-            self.stale_guest = true;
+            self.stale_guest = !planted(Bug::PausedCopyIsNotFresh);
         }
         if let Some(sections) = &sections {
             // A damaged guest may fail in any way; the damage is then the reason.
@@ -218,12 +223,22 @@ impl Actor {
         let talk = async {
             client.ready().await?;
             if own_kernel {
-                if restored {
+                // Both at once: a restored guest is slow at first, and each has a way to go.
+                let reseed = async {
+                    if !restored || planted(Bug::RestoredIsNotReseeded) {
+                        return Ok(());
+                    }
                     let mut entropy = [0; 32];
                     core.parts.env.fill_random(&mut entropy);
-                    client.reseed(entropy).await?;
-                }
-                client.set_clock(core.parts.env.wall_clock()).await?;
+                    client.reseed(entropy).await
+                };
+                let set_clock = async {
+                    if restored && planted(Bug::RestoredClockIsNotSet) {
+                        return Ok(());
+                    }
+                    client.set_clock(core.parts.env.wall_clock()).await
+                };
+                try_join(reseed, set_clock).await?;
             }
             Ok(())
         };
@@ -297,6 +312,9 @@ impl Actor {
         let kind = match self.insist(after, async { machine.resume().await }).await {
             Ok(Ok(())) => {
                 self.core.pauses().resume(self.core.now());
+                if planted(Bug::ResumeForgetsClock) && !self.stale_guest {
+                    return Ok(());
+                }
                 return self.refresh_guest(after).await;
             }
             Ok(Err(error)) => error.into(),
@@ -340,13 +358,17 @@ impl Actor {
     pub(super) async fn stop(&mut self, options: &StopOptions) -> Result<(), VmErrorKind> {
         let (client, life, graceful) = {
             let shared = self.core.lock();
-            let runs = shared.state == vm_trait::VmState::Running;
+            let runs =
+                shared.state == vm_trait::VmState::Running && !planted(Bug::StopIgnoresGrace);
             (shared.client.clone(), shared.life.clone(), runs && !options.grace.is_zero())
         };
         self.core.transition(&StateInput::StopBegun);
         life.close(&VmErrorKind::Interrupted);
         if let Some(client) = &client {
             client.interrupt();
+        }
+        if planted(Bug::StoppedBeforeGone) {
+            self.core.transition(&StateInput::StopDone);
         }
         if let Some(client) = client.filter(|_| graceful) {
             self.ask_to_end(&client, options).await;
@@ -368,7 +390,8 @@ impl Actor {
             }
         }
         let guest_share = options.grace - options.grace / HOST_SHARE_OF_GRACE;
-        let asking = client.shutdown(options.signal.0, guest_share);
+        let signal = if planted(Bug::StopSendsItsOwnSignal) { 15 } else { options.signal.0 };
+        let asking = client.shutdown(signal, guest_share);
         let Some(exit) = self.exit.take() else { return };
         let core = self.core.clone();
         let killed = poll_fn(|cx| {
@@ -388,6 +411,10 @@ impl Actor {
         });
         let killed = pin!(killed);
         let until = select(gone, killed);
+        if planted(Bug::StopGraceHasNoEnd) {
+            until.await;
+            return;
+        }
         let _ = crate::env::timeout(&*env, options.grace, until).await;
     }
 

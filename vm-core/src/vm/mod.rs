@@ -21,6 +21,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use std::{fmt, sync::Arc, time::Duration};
 use tokio::sync::oneshot;
+use vm_planted_bugs::{Bug, planted};
 use vm_trait::{
     Capabilities, Capability, CreateDirOptions, DirEntry, EventStream, ExecOutput, ExecRequest,
     FileStat, ForkOptions, GuestListener, GuestProcess, GuestStream, Inspection, Operation,
@@ -442,7 +443,9 @@ impl Undo<'_> {
 
 impl Drop for Undo<'_> {
     fn drop(&mut self) {
-        if let Some(token) = self.token {
+        if let Some(token) = self.token
+            && !planted(Bug::LateCancelIsMissed)
+        {
             let (reply, _) = oneshot::channel();
             self.core.enqueue(Command { work: Work::Undo(token), reply });
         }

@@ -94,14 +94,16 @@ impl NetworkConfig {
         }
         for (index, port) in ports.iter().enumerate() {
             let earlier = &ports[..index];
-            let sides: [(&str, u16, fn(&PortForward) -> u16); 2] =
-                [("host", port.host, |it| it.host), ("guest", port.guest, |it| it.guest)];
-            for (side, number, of) in sides {
+            let same_host = earlier.iter().position(|it| it.host == port.host);
+            let same_guest = earlier.iter().position(|it| it.guest == port.guest);
+            for (side, number, same) in
+                [("host", port.host, same_host), ("guest", port.guest, same_guest)]
+            {
                 let field = format!("network.ports[{index}].{side}");
                 if number == 0 {
                     return Err(VmErrorKind::invalid(field, "0 is no port"));
                 }
-                if let Some(other) = earlier.iter().position(|it| of(it) == number) {
+                if let Some(other) = same {
                     let reason = format!("{number} is that of ports[{other}] too");
                     return Err(VmErrorKind::invalid(field, reason));
                 }

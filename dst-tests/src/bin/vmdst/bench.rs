@@ -2,7 +2,7 @@
 
 use crate::{Backend, FAILED, Problem, any_number, print, write_json};
 use indicatif::{ProgressBar, ProgressStyle};
-use std::{fmt::Write, path::PathBuf};
+use std::{collections::BTreeMap, fmt::Write, path::PathBuf};
 use vm_dst::{
     bench::{
         Bench, Measured,
@@ -151,16 +151,16 @@ fn kvm_text(measured: &KvmMeasured) -> String {
         |kib: Option<f64>| kib.map_or_else(|| "unknown".to_owned(), |kib| format!("{kib:.0} KiB"));
     line("VMM memory beside the guest's", kib(measured.vmm_resident_kib));
     line("fork to the child's first exec", format!("{:.1} ms", measured.fork_to_exec_ms));
+    parts(&mut line, KvmBench::FORK_STAGES, &measured.fork_stages_ms);
     line("source paused for a fork", format!("{:.1} ms", measured.fork_paused_ms));
-    line("private memory of a child", kib(measured.child_private_kib));
+    line("private memory of an idle child", kib(measured.idle_child_private_kib));
+    line("  its guest's", kib(measured.idle_child_guest_kib));
+    line("private memory after an exec", kib(measured.child_private_kib));
     line("snapshot", format!("{:.1} ms", measured.snapshot_ms));
     line("paused for a snapshot", format!("{:.1} ms", measured.snapshot_paused_ms));
     line("its file", format!("{:.0} KiB", measured.snapshot_kib));
     line("restore to the first exec", format!("{:.1} ms", measured.restore_to_exec_ms));
-    for part in KvmBench::RESTORE_STAGES {
-        let took = measured.restore_stages_ms.get(part).copied().unwrap_or(f64::NAN);
-        line(&format!("  {part}"), format!("{took:.1} ms"));
-    }
+    parts(&mut line, KvmBench::RESTORE_STAGES, &measured.restore_stages_ms);
     line("incremental snapshot", format!("{:.1} ms", measured.increment_ms));
     line("paused for it", format!("{:.1} ms", measured.increment_paused_ms));
     line("its file", format!("{:.0} KiB", measured.increment_kib));
@@ -170,6 +170,18 @@ fn kvm_text(measured: &KvmMeasured) -> String {
     };
     line(&format!("left by {} cycles", measured.cycles), left);
     text
+}
+
+/// Says how long each part of something took.
+fn parts(
+    line: &mut impl FnMut(&str, String),
+    names: &[&'static str],
+    took_ms: &BTreeMap<&'static str, f64>,
+) {
+    for part in names {
+        let took = took_ms.get(part).copied().unwrap_or(f64::NAN);
+        line(&format!("  {part}"), format!("{took:.1} ms"));
+    }
 }
 
 fn progress_bar() -> ProgressBar {

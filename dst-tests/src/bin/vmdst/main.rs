@@ -15,10 +15,17 @@ use vm_dst::{
 };
 
 mod bench;
+mod coverage;
+mod diff;
 mod doctor;
+mod histories;
 mod interrupt;
+mod merge;
+mod mutants;
+mod outputs;
 mod replay;
 mod run;
+mod shrink;
 mod soak;
 
 /// Something failed.
@@ -43,8 +50,14 @@ struct Cli {
 enum Command {
     /// Runs clauses under many seeds
     Run(run::Arguments),
-    /// Runs one clause with one seed and prints everything that happens
+    /// Puts the reports of several machines or backends together
+    Merge(merge::Arguments),
+    /// Runs one clause with one seed, or a script from a file, and prints everything that happens
     Replay(replay::Arguments),
+    /// Makes a failing script small
+    Shrink(shrink::Arguments),
+    /// Carries out the same generated histories on two backends and compares them step by step
+    Diff(diff::Arguments),
     /// Lists the clauses
     Clauses {
         /// As the Markdown of docs/contract.md
@@ -55,6 +68,10 @@ enum Command {
     Doctor,
     /// Measures the simulator
     Bench(bench::Arguments),
+    /// Counts which operations meet which states and faults, and says what never happened
+    Coverage(coverage::Arguments),
+    /// Runs the contract against each planted bug and says which clause notices it
+    Mutants(mutants::Arguments),
     /// Restores, forks or boots machines many times in a row, and says how often it went well
     Soak(soak::Arguments),
 }
@@ -84,13 +101,19 @@ enum Backend {
 
 impl Chosen {
     fn target(&self) -> Result<Arc<dyn Target>, Problem> {
-        match self.backend {
-            Backend::Sim => Ok(Arc::new(SimTarget::new(self.environment()?))),
-            _ if self.env.is_some() => Err(Problem::usage(ENV_OF_SIM)),
-            Backend::Process => Ok(Arc::new(ProcessTarget::new())),
-            Backend::Kvm => Ok(Arc::new(KvmTarget::new())),
-            Backend::Libkrun => Ok(Arc::new(KrunTarget::new())),
+        if self.backend != Backend::Sim && self.env.is_some() {
+            return Err(Problem::usage(ENV_OF_SIM));
         }
+        self.target_of(self.backend)
+    }
+
+    fn target_of(&self, backend: Backend) -> Result<Arc<dyn Target>, Problem> {
+        Ok(match backend {
+            Backend::Sim => Arc::new(SimTarget::new(self.environment()?)),
+            Backend::Process => Arc::new(ProcessTarget::new()),
+            Backend::Kvm => Arc::new(KvmTarget::new()),
+            Backend::Libkrun => Arc::new(KrunTarget::new()),
+        })
     }
 
     /// Gives the environment of simulated runs, and none for a backend that runs in real time.
@@ -154,13 +177,18 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Run(arguments) => run::run(&arguments),
+        Command::Merge(arguments) => merge::run(&arguments),
         Command::Replay(arguments) => replay::run(&arguments),
+        Command::Shrink(arguments) => shrink::run(&arguments),
+        Command::Diff(arguments) => diff::run(&arguments),
         Command::Clauses { markdown } => {
             let text = if markdown { contract_doc::markdown() } else { contract_doc::plain() };
             print(&text).map(|()| 0)
         }
         Command::Doctor => doctor::run(),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Coverage(arguments) => coverage::run(&arguments),
+        Command::Mutants(arguments) => mutants::run(&arguments),
         Command::Soak(arguments) => soak::run(&arguments),
     };
     match result {

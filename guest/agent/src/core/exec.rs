@@ -10,6 +10,7 @@ use bytes::BytesMut;
 use vm_guest_protocol::{
     EntryKind, ExecSpec, GuestError, GuestErrorKind, MAX_DATA, MAX_LIMITS, StatEntry, UserSpec,
 };
+use vm_planted_bugs::{Bug, planted};
 
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -80,6 +81,7 @@ fn spawn_first(spec: &mut SpawnSpec, os: &mut dyn GuestOs) -> Result<Spawned, Gu
         }
         match try_spawn(spec, os) {
             Ok(spawned) => return Ok(spawned),
+            Err(Errno::NOENT) if planted(Bug::SearchStopsEarly) => break,
             Err(Errno::NOENT | Errno::NOTDIR | Errno::NAMETOOLONG) => {}
             Err(Errno::ACCES | Errno::ISDIR) => first = first.or(Some(Errno::ACCES)),
             Err(errno) => return Err(refusal(errno, spec)),
@@ -171,7 +173,8 @@ fn ids_of(user: UserSpec, os: &mut dyn GuestOs) -> Result<(u32, u32), GuestError
         if fields.next()? != name {
             return None;
         }
-        Some((fields.nth(1)?.parse().ok()?, fields.next()?.parse().ok()?))
+        let ids = (fields.nth(1)?.parse().ok()?, fields.next()?.parse().ok()?);
+        Some(if planted(Bug::UserKeepsRootGroup) { (ids.0, 0) } else { ids })
     });
     found.ok_or_else(|| unknown(Errno(0)))
 }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use vm_guest_protocol::{
     Channel, EntryKind, GuestError, GuestErrorKind, MAX_DATA, StatEntry, StreamId,
 };
+use vm_planted_bugs::{Bug, planted};
 
 /// How many links in a row a file to be replaced may be behind, as in the kernel.
 const MAX_LINKS: u32 = 40;
@@ -104,7 +105,8 @@ impl Write {
         os: &mut dyn GuestOs,
     ) -> Result<Self, GuestError> {
         check(path)?;
-        let target = resolve(path, os)?;
+        let target =
+            if planted(Bug::LinkIsReplaced) { path.to_owned() } else { resolve(path, os)? };
         let name = format!(".twinvm-{session:032x}-{stream}.tmp");
         let temporary = join(parent(&target), &name);
         let fd = match os.create_new(&temporary, 0o600) {
@@ -135,6 +137,9 @@ impl Write {
             let _ = os.unlink(&self.temporary);
             return Err(failed(errno, &self.target));
         }
+        if planted(Bug::NameIsNotSynced) {
+            return Ok(());
+        }
         match os.sync_dir(parent(&self.target)) {
             // Some file systems have no notion of a durable directory.
             Ok(()) | Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(()),
@@ -149,15 +154,22 @@ impl Write {
             Ok(_) | Err(Errno::NOENT) => None,
             Err(errno) => return Err(errno),
         };
+        let replaced = replaced.filter(|_| !planted(Bug::ModeIsReset));
         let owner = replaced.as_ref().map(|it| (it.uid, it.gid));
         let mode = self.mode.or(replaced.map(|it| it.mode)).unwrap_or(0o644) & 0o7777;
         os.set_owner_and_mode(self.fd, owner, mode)?;
+        if planted(Bug::ContentIsNotSynced) {
+            return Ok(());
+        }
         os.sync_file(self.fd)
     }
 
     /// Drops the new content.
     pub(super) fn abort(&self, os: &mut dyn GuestOs) {
         os.close(self.fd);
+        if planted(Bug::TemporaryIsLeft) {
+            return;
+        }
         // It can fail only where the file is gone or cannot be removed by anyone now.
         let _ = os.unlink(&self.temporary);
     }

@@ -4,6 +4,7 @@ use super::Violation;
 use bytes::{Buf, BytesMut};
 use serde::{Deserialize, Serialize};
 use vm_guest_protocol::{Channel, DEFAULT_WINDOW, Frame, MAX_DATA, StreamId, encode, encode_data};
+use vm_planted_bugs::{Bug, planted};
 
 /// No stream adds data to a connection's outgoing bytes once there are this many.
 pub(super) const OUTGOING_BOUND: usize = 1 << 20;
@@ -82,6 +83,10 @@ impl Outflow {
 
     /// Drops the oldest bytes above `most`; for a process that nobody reads.
     pub(super) fn trim(&mut self, most: usize) {
+        if planted(Bug::OldestOutputIsKept) {
+            self.kept.truncate(most);
+            return;
+        }
         let excess = self.kept.len().saturating_sub(most);
         if excess > 0 {
             self.release(excess);
@@ -96,6 +101,7 @@ impl Outflow {
 
     /// Gives the channel to a new reader, who asks for the bytes from `from` on, and says where it really begins.
     pub(super) fn attach(&mut self, from: u64) -> u64 {
+        let from = if planted(Bug::AttachBeginsAnew) { self.start } else { from };
         let from = from.clamp(self.start, self.end());
         self.consume(from);
         self.sent = from;
@@ -151,7 +157,7 @@ impl Outflow {
             return false;
         }
         let end = self.end();
-        let until = end.min(self.limit);
+        let until = if planted(Bug::CreditIsIgnored) { end } else { end.min(self.limit) };
         while self.sent < until {
             if out.len() >= OUTGOING_BOUND {
                 return true;
@@ -241,6 +247,7 @@ impl Intake {
 
     /// Counts bytes that have gone where they belong.
     pub(super) fn take(&mut self, bytes: usize) {
+        let bytes = if planted(Bug::InputIsCountedShort) { bytes / 2 } else { bytes };
         self.taken = (self.taken + bytes as u64).min(self.received);
     }
 

@@ -39,6 +39,7 @@ use bytes::BytesMut;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, time::Duration};
 use vm_guest_protocol::{DEFAULT_WINDOW, DecodeError, StreamId};
+use vm_planted_bugs::{Bug, planted};
 
 /// How often it is looked whether a shutdown's processes are gone.
 const SHUTDOWN_POLL: Duration = Duration::from_millis(20);
@@ -270,6 +271,7 @@ impl AgentCore {
     pub fn shut_down(&mut self, signal: u8, grace: Duration, os: &mut dyn GuestOs) {
         let now = os.monotonic();
         os.signal_all(signal);
+        let grace = if planted(Bug::ShutdownKillsAtOnce) { Duration::ZERO } else { grace };
         let deadline = now.saturating_add(grace);
         let earlier = self.shutdown.as_ref().map_or(deadline, |shutdown| shutdown.deadline);
         let off = self.shutdown.as_ref().is_some_and(|shutdown| shutdown.off);

@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 use vm_guest_protocol::{Frame, MAX_DATA, ProcessEntry, ProcessExit, Started, StreamId};
+use vm_planted_bugs::{Bug, planted};
 
 /// How many processes are known at most, so that a list of them all fits into a frame.
 pub(super) const MAX_PROCESSES: usize = 1000;
@@ -32,6 +33,7 @@ const START_PATIENCE: Duration = Duration::from_millis(50);
 
 const OUTPUTS: [Output; 2] = [Output::Stdout, Output::Stderr];
 const SIGKILL: u8 = 9;
+const SIGTERM: u8 = 15;
 
 /// A process, from its start until it is forgotten.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -176,6 +178,9 @@ impl Process {
 
     /// When its time runs out.
     fn deadline(&self) -> Option<Duration> {
+        if planted(Bug::TimeoutIsNotWatched) {
+            return None;
+        }
         self.deadline.filter(|_| self.exit.is_none() && !self.timed_out && !self.doomed)
     }
 
@@ -233,7 +238,8 @@ impl Process {
             ChildExit::Exited(code) => (Some(code), None),
             ChildExit::Signaled(signal) => (None, Some(signal)),
         };
-        let elapsed = now.saturating_sub(self.started).as_nanos();
+        let began = if planted(Bug::ElapsedIsUptime) { Duration::ZERO } else { self.started };
+        let elapsed = now.saturating_sub(began).as_nanos();
         self.exit = Some(ProcessExit {
             code,
             signal,
@@ -245,6 +251,11 @@ impl Process {
     /// Reads an output as far as there is room. Says whether anything came.
     fn pull(&mut self, output: usize, os: &mut dyn GuestOs, config: &AgentConfig) -> bool {
         let mut read = 0;
+        if self.exit.is_some() && planted(Bug::LastOutputIsLost) {
+            let changed = !self.outs[output].is_ended();
+            self.outs[output].finish();
+            return changed;
+        }
         loop {
             let mut room = self.room(output, config);
             if self.reader.is_none() {
@@ -335,7 +346,8 @@ impl Process {
             return true;
         }
         let mut changed = false;
-        while !self.stdin.pending.is_empty() {
+        let ends = self.stdin.complete && planted(Bug::InputEndsTooEarly);
+        while !self.stdin.pending.is_empty() && !ends {
             let pending = std::mem::take(&mut self.stdin.pending);
             let count = self.stdin.write(self.child, &pending, os);
             self.stdin.pending = pending;
@@ -401,7 +413,8 @@ impl Process {
 
     fn kill(&self, os: &mut dyn GuestOs) {
         // It fails only where nothing is left to be killed.
-        let _ = os.signal_group(self.child, SIGKILL);
+        let signal = if planted(Bug::TimeoutAsksPolitely) { SIGTERM } else { SIGKILL };
+        let _ = os.signal_group(self.child, signal);
     }
 
     fn interest(&self, config: &AgentConfig) -> ChildInterest {
@@ -459,6 +472,9 @@ impl Processes {
 
     pub(super) fn add(&mut self, process: Process) -> u64 {
         self.last += 1;
+        if planted(Bug::ProcessIdIsReused) {
+            self.last = (1..).find(|id| !self.all.contains_key(id)).unwrap_or(self.last);
+        }
         self.all.insert(self.last, process);
         self.live.push(self.last);
         self.last
@@ -510,7 +526,7 @@ impl Processes {
             os.release(process.child);
             let (doomed, orphan) = (process.doomed, process.reader.is_none());
             self.live.remove(index);
-            if doomed {
+            if doomed || (orphan && planted(Bug::EndedIsForgotten)) {
                 self.all.remove(&id);
             } else if orphan {
                 self.keep_ended(id);
@@ -556,7 +572,9 @@ impl Processes {
         process.outs = [Outflow::default(), Outflow::default()];
         process.stdin.drop_pending();
         if process.exit.is_none() {
-            process.kill(os);
+            if !planted(Bug::DoomedLivesOn) {
+                process.kill(os);
+            }
             return;
         }
         os.release(process.child);

@@ -16,6 +16,7 @@ use vm_guest_protocol::{
     Channel, ExecSpec, Frame, GuestError, GuestErrorKind, Hello, PROTOCOL_VERSION, Refusal, Reply,
     Request, Started, StreamId, TermSize, Welcome, encode,
 };
+use vm_planted_bugs::{Bug, planted};
 
 /// How many streams a session has at most.
 const MAX_STREAMS: usize = 1024;
@@ -45,7 +46,9 @@ impl AgentCore {
         self.link.serve(conn);
         if resumed {
             hello.live.sort_unstable();
-            let closed = self.streams.keys().filter(|id| hello.live.binary_search(id).is_err());
+            let kept = planted(Bug::StreamOutlivesLoss);
+            let gone = |id: &&StreamId| !kept && hello.live.binary_search(id).is_err();
+            let closed = self.streams.keys().filter(gone);
             for id in closed.copied().collect::<Vec<_>>() {
                 self.close(id, os);
             }
@@ -123,7 +126,7 @@ impl AgentCore {
     }
 
     fn open(&mut self, id: StreamId, request: Request, os: &mut dyn GuestOs) {
-        if self.streams.contains_key(&id) {
+        if self.streams.contains_key(&id) && !planted(Bug::RequestRunsAgain) {
             self.reopen(id);
         } else if self.streams.len() >= MAX_STREAMS {
             let error = GuestError::new(GuestErrorKind::OutOfResources);
@@ -226,6 +229,7 @@ impl AgentCore {
             Request::SetClock { wall_ns } => {
                 os.set_wall_clock(Duration::from_nanos(wall_ns)).map_err(|errno| failed(errno, ""))
             }
+            Request::Reseed { .. } if planted(Bug::ReseedDoesNothing) => Ok(()),
             Request::Reseed { entropy } => os.reseed(&entropy).map_err(|errno| failed(errno, "")),
             Request::Shutdown { signal, grace_ns } => {
                 check_signal(signal)?;
@@ -287,6 +291,9 @@ impl AgentCore {
         check_signal(signal)?;
         let process = self.process(id)?;
         if process.has_ended() {
+            if planted(Bug::SignalToEndedFails) {
+                return Err(GuestError::new(GuestErrorKind::InvalidArgument));
+            }
             return Ok(());
         }
         match os.signal_group(process.child(), signal) {

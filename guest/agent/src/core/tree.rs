@@ -3,6 +3,7 @@
 use super::error::{MAX_PATH, failed, kinded, refused};
 use crate::os::{Errno, GuestOs};
 use vm_guest_protocol::{EntryKind, GuestError, GuestErrorKind, ListedDir, MAX_ENTRIES};
+use vm_planted_bugs::{Bug, planted};
 
 /// The largest encoded directory listing.
 const MAX_LISTING: usize = 32 << 20;
@@ -45,6 +46,9 @@ pub(super) fn list(path: &str, os: &mut dyn GuestOs) -> Result<bytes::Bytes, Gue
     check(path)?;
     let mut entries = os.read_dir(path).map_err(|errno| failed(errno, path))?;
     entries.sort_unstable_by(|(one, _), (other, _)| one.as_bytes().cmp(other.as_bytes()));
+    if planted(Bug::ListingIgnoresCase) {
+        entries.sort_by_key(|(name, _)| name.to_lowercase());
+    }
     let too_many = entries.len() > MAX_ENTRIES;
     let listing = ListedDir { entries }.to_bytes();
     if too_many || listing.len() > MAX_LISTING {
@@ -62,7 +66,7 @@ pub(super) fn create_dir(
 ) -> Result<(), GuestError> {
     check(path)?;
     let mode = mode & 0o7777;
-    if !recursive {
+    if !recursive || planted(Bug::ParentsAreNotMade) {
         return os.mkdir(path, mode).map_err(|errno| failed(errno, path));
     }
     let ends = path.match_indices('/').skip(1).map(|(at, _)| at).chain([path.len()]);
@@ -103,7 +107,8 @@ pub(super) fn remove(path: &str, recursive: bool, os: &mut dyn GuestOs) -> Resul
     if path == "/" {
         return Err(kinded(GuestErrorKind::PermissionDenied, Errno::BUSY, path));
     }
-    let kind = os.lstat(path).map_err(|errno| failed(errno, path))?.kind;
+    let found = if planted(Bug::RemovalFollowsLinks) { os.stat(path) } else { os.lstat(path) };
+    let kind = found.map_err(|errno| failed(errno, path))?.kind;
     match (kind, recursive) {
         (EntryKind::Directory, true) => remove_tree(path, os),
         (EntryKind::Directory, false) => os.rmdir(path).map_err(|errno| failed(errno, path)),

@@ -104,7 +104,7 @@ fn spawn_once(spec: &SpawnSpec, scope: Scope, signals: &[i32]) -> SysResult<Star
         theirs.become_standard()?;
         // Another user might not raise them.
         for (resource, limit) in &limits {
-            rustix::process::setrlimit(*resource, limit.clone())?;
+            rustix::process::setrlimit(*resource, *limit)?;
         }
         if let Some((uid, gid)) = ids {
             become_user(uid, gid)?;
