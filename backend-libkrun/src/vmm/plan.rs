@@ -29,6 +29,9 @@ const DEVICE_WORD: usize = " virtio_mmio.device=4K@0x123456789:99".len();
 /// The devices that libkrun adds beside the disks: balloon, entropy, vsock.
 const OWN_DEVICES: usize = 3;
 
+/// How many devices more libkrun has interrupt lines for.
+const MOST_OTHERS: usize = 8;
+
 /// Spaces and dashes that libkrun adds.
 const SEPARATORS: usize = 16;
 
@@ -70,6 +73,12 @@ impl Plan {
         set_up: &MachineSetUp,
         fds: Vec<OwnedFd>,
     ) -> Result<(Self, Console), Refusal> {
+        let others = set_up.disks.len() + set_up.shares.len();
+        if others > MOST_OTHERS {
+            let reason =
+                format!("{others} disks and mounts, libkrun has interrupts for {MOST_OTHERS}");
+            return Err(config("disks", reason));
+        }
         let mut fds = fds.into_iter();
         let mut next = |what: &str| fds.next().ok_or_else(|| config(what, "no descriptor came"));
         let kernel = next("kernel")?;
@@ -115,7 +124,7 @@ impl Plan {
         let plan = Self {
             vcpus: set_up.vcpus,
             memory_mib: set_up.memory_mib,
-            cmdline: command_line(&set_up.cmdline, set_up.disks.len() + set_up.shares.len())?,
+            cmdline: command_line(&set_up.cmdline, others)?,
             kernel,
             initrd,
             disks,
