@@ -33,6 +33,7 @@ const CLAIMS: &[Capability] = &[
     Capability::Kernel,
     Capability::ConsoleFile,
     Capability::Limits,
+    Capability::Mounts,
 ];
 
 /// Why machines of this kind cannot be made here.

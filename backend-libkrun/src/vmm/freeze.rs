@@ -25,6 +25,7 @@ use std::{
 /// What the launcher says to its child.
 const HOLD: u8 = b'H';
 const RELEASE: u8 = b'R';
+const LOOK_AT: u8 = b'L';
 
 /// What the child answers; anything else is why not, as text.
 const DONE: &[u8] = b"done";
@@ -44,9 +45,18 @@ const ANSWER: usize = 256;
 /// Requests of KVM (linux/kvm.h): with their sizes, as ioctl(2) encodes them.
 const KVM_SET_CLOCK: libc::c_ulong = 0x4030_ae7b;
 const KVM_GET_CLOCK: libc::c_ulong = 0x8030_ae7c;
+const KVM_GET_REGS: libc::c_ulong = 0x8090_ae81;
 const KVM_KVMCLOCK_CTRL: libc::c_ulong = 0xaead;
 const KVM_SET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee1;
 const KVM_GET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee2;
+
+/// `struct kvm_regs` as numbers, and where two of them are.
+const REGISTERS: usize = 18;
+const RIP: usize = 16;
+const RFLAGS: usize = 17;
+
+/// The flag of a processor that takes interrupts.
+const INTERRUPTS: u64 = 1 << 9;
 
 /// Whether threads are to stay in the handler.
 static HELD: AtomicU32 = AtomicU32::new(0);
@@ -97,6 +107,14 @@ impl Freezer {
         self.say(RELEASE, patience)
     }
 
+    /// Looks whether all virtual processors stand where they stood when this was last asked, deaf to interrupts.
+    ///
+    /// # Errors
+    /// When they do not, or the child does not answer.
+    pub(super) fn stands(&self, patience: Duration) -> io::Result<()> {
+        self.say(LOOK_AT, patience)
+    }
+
     fn say(&self, order: u8, patience: Duration) -> io::Result<()> {
         send(&self.0, &[order], SendFlags::NOSIGNAL)?;
         let end = Instant::now() + patience;
@@ -135,6 +153,7 @@ pub(super) fn start_keeper(orders: OwnedFd, vcpus: u8) -> io::Result<()> {
         while let Ok((1, _)) = recv(&orders, &mut order, RecvFlags::empty()) {
             let done = match order[0] {
                 HOLD => keeper.hold(),
+                LOOK_AT => keeper.look(),
                 _ => keeper.release(),
             };
             let sent = match done {
@@ -166,6 +185,8 @@ struct Found {
     vm: libc::c_int,
     vcpus: Vec<libc::c_int>,
     offsets: Vec<u64>,
+    /// Where each stood when that was last looked at.
+    places: Vec<u64>,
 }
 
 /// When it was that they stopped.
@@ -207,6 +228,22 @@ impl Keeper {
         }
         self.still = Some(Still { clock, host_counter, has_offsets });
         Ok(())
+    }
+
+    /// Holds for a moment and looks where the virtual processors are.
+    fn look(&mut self) -> io::Result<()> {
+        self.hold()?;
+        let mut stands = true;
+        if let Some(found) = &mut self.found {
+            for (vcpu, place) in found.vcpus.iter().zip(&mut found.places) {
+                let mut registers = [0_u64; REGISTERS];
+                stands &= ioctl(*vcpu, KVM_GET_REGS, &mut registers) == 0;
+                stands &= registers[RFLAGS] & INTERRUPTS == 0 && registers[RIP] == *place;
+                *place = registers[RIP];
+            }
+        }
+        self.release()?;
+        if stands { Ok(()) } else { Err(io::Error::other("it runs")) }
     }
 
     fn release(&mut self) -> io::Result<()> {
@@ -263,8 +300,8 @@ impl Found {
         }
         match vm {
             Some(vm) if threads.len() == vcpus && of_vcpus.len() == vcpus => {
-                let offsets = vec![0; vcpus];
-                Ok(Self { threads, vm, vcpus: of_vcpus, offsets })
+                let (offsets, places) = (vec![0; vcpus], vec![0; vcpus]);
+                Ok(Self { threads, vm, vcpus: of_vcpus, offsets, places })
             }
             _ => Err(io::Error::other("the machine has not begun to run")),
         }

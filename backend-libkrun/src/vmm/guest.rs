@@ -168,6 +168,11 @@ impl Guest {
         self.freezer.release(PATIENCE)
     }
 
+    /// Says whether the guest stands where it stood when this was last asked, deaf to interrupts: nothing wakes it any more.
+    pub(super) fn stands(&self) -> bool {
+        self.freezer.stands(PATIENCE).is_ok()
+    }
+
     /// Says what it used: time on processors, and memory that is resident.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use super::{guest::Guest, plan::Plan};
 use rustix::{
-    event::{PollFd, PollFlags, poll},
+    event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
 };
 use std::{
@@ -29,6 +29,12 @@ const CONSOLE_STEP: usize = 16 << 10;
 
 /// How much of what libkrun says is kept: the last of it.
 const WORDS: usize = 4 << 10;
+
+/// A guest without ACPI that is turned off halts, which libkrun does not notice. It says so; then it is looked at this
+/// often, until it stood still so many times in a row, or has not for so long that it only said so.
+const HALT_PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+const HALT_LOOKS: u32 = 3;
+const HALT_PATIENCE: u32 = 100;
 
 /// The longest line that asks for a connection.
 const LONGEST_ASKING: usize = 32;
@@ -61,8 +67,8 @@ pub(super) fn serve(channel: &Arc<Channel>) -> io::Result<()> {
     };
     channel.send(&FromLauncher::SetUpDone(Ok(())))?;
     let machine = Machine::Fresh(Box::new(plan));
-    let words = Vec::new();
-    Server { set_up, channel: channel.clone(), buffer, machine, console, words }.run()
+    let (words, halt) = (Vec::new(), Halt::default());
+    Server { set_up, channel: channel.clone(), buffer, machine, console, words, halt }.run()
 }
 
 /// What there is of the machine.
@@ -84,6 +90,14 @@ struct Server {
     console: Console,
     /// The last of what libkrun said.
     words: Vec<u8>,
+    halt: Halt,
+}
+
+/// A guest that may have halted.
+#[derive(Clone, Copy, Debug, Default)]
+struct Halt {
+    looks_left: u32,
+    stood: u32,
 }
 
 /// What there is to do.
@@ -109,6 +123,9 @@ impl Server {
                 let end = self.end();
                 return self.channel.send(&FromLauncher::Ended(end));
             }
+            if self.has_halted() {
+                return self.channel.send(&FromLauncher::Ended(End::PoweredOff));
+            }
             if ready.owner && !self.hear_owner()? {
                 return Ok(());
             }
@@ -121,14 +138,32 @@ impl Server {
             return Ok(Ready { owner, ..Ready::default() });
         };
         let exact = guest.exact();
-        let [owner, ended, console, words] = wait(&mut [
+        let mut fds = [
             PollFd::new(&*self.channel, PollFlags::IN),
             PollFd::new(&exact, PollFlags::IN),
             PollFd::new(&guest.console, PollFlags::IN),
             PollFd::new(&guest.words, PollFlags::IN),
-        ])?;
+        ];
+        let [owner, ended, console, words] = match self.halt.looks_left {
+            0 => wait(&mut fds)?,
+            _ => wait_for(&mut fds, Some(&HALT_PAUSE))?,
+        };
         // Pipes whose other end is closed are told by the process's end, which follows.
         Ok(Ready { owner, ended, console, words })
+    }
+
+    /// Says whether the guest has halted for good, as far as that is known yet.
+    fn has_halted(&mut self) -> bool {
+        if self.console.take_halt() {
+            self.halt = Halt { looks_left: HALT_PATIENCE, stood: 0 };
+        }
+        let Machine::Running(guest) = &self.machine else { return false };
+        if self.halt.looks_left == 0 {
+            return false;
+        }
+        self.halt.looks_left -= 1;
+        self.halt.stood = if guest.stands() { self.halt.stood + 1 } else { 0 };
+        self.halt.stood >= HALT_LOOKS
     }
 
     fn take_console(&mut self) {
@@ -312,7 +347,14 @@ impl Server {
 
 /// Waits until something is there, and says of each whether it is.
 fn wait<const N: usize>(fds: &mut [PollFd<'_>; N]) -> io::Result<[bool; N]> {
-    match poll(fds, None) {
+    wait_for(fds, None)
+}
+
+fn wait_for<const N: usize>(
+    fds: &mut [PollFd<'_>; N],
+    most: Option<&Timespec>,
+) -> io::Result<[bool; N]> {
+    match poll(fds, most) {
         Ok(_) => {}
         Err(Errno::INTR) => return Ok([false; N]),
         Err(error) => return Err(error.into()),

@@ -15,6 +15,9 @@ const RING_START: u64 = 8;
 /// What a Linux kernel prints when it panics.
 const PANIC: &[u8] = b"Kernel panic - not syncing";
 
+/// What one prints that is turned off and cannot be, for want of ACPI.
+const HALT: &[u8] = b"reboot: System halted";
+
 /// Keeps what the guest prints: the last of it in a ring in a file that the owner shares, so that it outlives this
 /// process, and all of it up to a limit in a file of the user's. What a host's full disk loses is counted, no more.
 #[derive(Debug)]
@@ -25,6 +28,7 @@ pub struct Console {
     file: Option<Log>,
     batch: Vec<u8>,
     panic: Finder,
+    halt: Finder,
     lost: u64,
 }
 
@@ -48,7 +52,8 @@ impl Console {
             written: counted.map_or(0, |()| u64::from_le_bytes(count)),
             file,
             batch: Vec::with_capacity(BATCH),
-            panic: Finder::default(),
+            panic: Finder::of(PANIC),
+            halt: Finder::of(HALT),
             lost: 0,
         }
     }
@@ -58,6 +63,7 @@ impl Console {
         let first = self.batch.is_empty();
         self.batch.push(byte);
         self.panic.see(byte);
+        self.halt.see(byte);
         if byte == b'\n' || self.batch.len() >= BATCH {
             self.write_out();
             return false;
@@ -105,6 +111,11 @@ impl Console {
         self.panic.found
     }
 
+    /// Says whether the kernel printed that it halts since this was last asked.
+    pub fn take_halt(&mut self) -> bool {
+        std::mem::take(&mut self.halt.found)
+    }
+
     /// Counts the bytes that could not be written somewhere.
     #[must_use]
     pub fn lost(&self) -> u64 {
@@ -134,26 +145,31 @@ pub fn check_ring(ring: &impl AsFd, len: u32) -> io::Result<()> {
     Ok(())
 }
 
-/// Looks for [`PANIC`] in a stream of bytes.
-#[derive(Debug, Default)]
+/// Looks for a text in a stream of bytes, whose first letter comes again nowhere in it.
+#[derive(Debug)]
 struct Finder {
+    text: &'static [u8],
     matched: usize,
     found: bool,
 }
 
 impl Finder {
+    fn of(text: &'static [u8]) -> Self {
+        Self { text, matched: 0, found: false }
+    }
+
     fn see(&mut self, byte: u8) {
         if self.found {
             return;
         }
-        // The first letter comes again nowhere in the text, so a mismatch never leaves more than that letter.
-        if byte != PANIC[self.matched] {
+        // So a mismatch never leaves more than that letter.
+        if byte != self.text[self.matched] {
             self.matched = 0;
         }
-        if byte == PANIC[self.matched] {
+        if byte == self.text[self.matched] {
             self.matched += 1;
         }
-        self.found = self.matched == PANIC.len();
+        self.found = self.matched == self.text.len();
         if self.found {
             self.matched = 0;
         }
