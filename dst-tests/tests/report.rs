@@ -46,7 +46,7 @@ async fn breaks_after_much(ctx: &Context) -> Verdict {
     let snapshot = vm.snapshot(SnapshotOptions::default()).await?;
     vm.resume().await?;
     let copy = ctx.backend().restore(&snapshot, RestoreOptions::running()).await?;
-    let children = vm.fork(ForkOptions::default()).await?;
+    let children = vm.fork(ForkOptions::new(1)).await?;
     copy.run("echo", [HOSTILE.replace('\0', "").as_str()]).await?;
     ctx.fault(FaultOrder::next(FaultKind::GuestPanic).on(vm.id()))?;
     vm.wait().await;
