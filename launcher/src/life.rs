@@ -244,6 +244,9 @@ impl Life {
     }
 
     /// As [`request`](Self::request), but gives a refusal as it is.
+    ///
+    /// # Errors
+    /// [`MachineError::Ended`], or when the launcher cannot be reached.
     pub async fn ask(
         &self,
         request: Request,
@@ -253,6 +256,9 @@ impl Life {
     }
 
     /// As [`ask`](Self::ask), with the descriptors that came beside the answer.
+    ///
+    /// # Errors
+    /// As [`ask`](Self::ask).
     pub async fn ask_for(
         &self,
         request: Request,

@@ -106,10 +106,11 @@ struct Parcel {
     shares: Vec<OwnedFd>,
 }
 
-/// Opens the host's directories of a configuration; says what guest and launcher are told of each.
-fn shares_of(
-    config: &VmConfig,
-) -> Result<(Vec<BootShare>, Vec<(ShareSetUp, OwnedFd)>), MachineError> {
+/// What guest and launcher are told of the host's directories, with the directories.
+type Shares = (Vec<BootShare>, Vec<(ShareSetUp, OwnedFd)>);
+
+/// Opens the host's directories of a configuration.
+fn shares_of(config: &VmConfig) -> Result<Shares, MachineError> {
     let mut boot = Vec::new();
     let mut shares = Vec::new();
     for (index, mount) in config.mounts.iter().enumerate() {

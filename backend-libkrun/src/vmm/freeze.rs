@@ -362,8 +362,10 @@ fn handle_signal() -> io::Result<()> {
 
 /// Keeps the thread until it is released.
 extern "C" fn hold_thread(_: libc::c_int) {
+    // SAFETY: the function has no conditions.
+    let place = unsafe { libc::__errno_location() };
     // SAFETY: the location is this thread's own and always there.
-    let errno = unsafe { *libc::__errno_location() };
+    let errno = unsafe { *place };
     INSIDE.fetch_add(1, Ordering::SeqCst);
     while HELD.load(Ordering::SeqCst) == 1 {
         // SAFETY: the address is a static's; without a time the call waits until it is woken.
@@ -374,7 +376,7 @@ extern "C" fn hold_thread(_: libc::c_int) {
     }
     INSIDE.fetch_sub(1, Ordering::SeqCst);
     // SAFETY: as above.
-    unsafe { *libc::__errno_location() = errno };
+    unsafe { *place = errno };
 }
 
 impl AsFd for Freezer {

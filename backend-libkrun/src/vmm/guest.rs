@@ -184,14 +184,14 @@ impl Guest {
 
     /// Waits for its end, and says how it was.
     pub(super) fn reap(&mut self) -> Option<WaitIdStatus> {
-        if let Some(ended) = &self.ended {
-            return ended.clone();
+        if let Some(ended) = self.ended {
+            return ended;
         }
         let waited = rustix::io::retry_on_intr(|| {
             rustix::process::waitid(WaitId::PidFd(self.exact.as_fd()), WaitIdOptions::EXITED)
         });
         let status = waited.ok().flatten();
-        self.ended = Some(status.clone());
+        self.ended = Some(status);
         status
     }
 

@@ -59,12 +59,12 @@ fn mount() -> rustix::io::Result<OwnedFd> {
 ///
 /// # Errors
 /// When this process may not mount what it was given.
-pub(super) fn confined(directory: OwnedFd, read_only: bool) -> io::Result<OwnedFd> {
+pub(super) fn confined(directory: &OwnedFd, read_only: bool) -> io::Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_EMPTY_PATH
         | OpenTreeFlags::AT_RECURSIVE;
-    let mount = rustix::mount::open_tree(&directory, c"", flags)?;
+    let mount = rustix::mount::open_tree(directory, c"", flags)?;
     if read_only {
         forbid_writing(&mount)?;
     }

@@ -105,7 +105,7 @@ impl Plan {
         for share in &set_up.shares {
             let tag = CString::new(share.tag.as_str())
                 .map_err(|error| config("mounts", error.to_string()))?;
-            let directory = confined(next("mounts")?, share.read_only)
+            let directory = confined(&next("mounts")?, share.read_only)
                 .map_err(|error| failed("a mount of its own for a host directory", error))?;
             shares.push(Share { tag, read_only: share.read_only, directory });
         }
@@ -149,7 +149,7 @@ fn command_line(user: &str, others: usize) -> Result<CString, Refusal> {
     if user.split_whitespace().any(|word| word == "--") {
         return Err(config("cmdline", "`--` would hide the devices from the kernel"));
     }
-    if user.matches('"').count() % 2 != 0 {
+    if !user.matches('"').count().is_multiple_of(2) {
         return Err(config("cmdline", "a quotation mark is not closed"));
     }
     let line = cmdline::line(user, []);

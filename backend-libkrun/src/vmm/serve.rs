@@ -224,7 +224,7 @@ impl Server {
             Received::Message(ToLauncher::Taken { .. }, _) => {}
             Received::Message(ToLauncher::Request { id, request }, fds) => {
                 let companion = request == Request::Boot;
-                let (result, beside) = match self.answer(request, fds) {
+                let (result, beside) = match self.answer(&request, fds) {
                     Ok((answer, beside)) => (Ok(answer), beside),
                     Err(refusal) => (Err(refusal), None),
                 };
@@ -240,7 +240,7 @@ impl Server {
 
     fn answer(
         &mut self,
-        request: Request,
+        request: &Request,
         fds: Vec<OwnedFd>,
     ) -> Result<(Answer, Option<OwnedFd>), Refusal> {
         let done = |()| (Answer::Done, None);
@@ -250,7 +250,7 @@ impl Server {
             Request::Boot => self.boot().map(done),
             Request::Pause => self.pause().map(done),
             Request::Resume => self.resume().map(done),
-            Request::Connect => Ok((Answer::Connected, Some(self.connect(fds)?))),
+            Request::Connect => Ok((Answer::Connected, Some(self.connect(&fds)?))),
             Request::Listen { .. } | Request::Unlisten { .. } => {
                 Err(Refusal::Unsupported("vsock".to_owned()))
             }
@@ -329,8 +329,8 @@ impl Server {
     }
 
     /// Takes a descriptor with a line that names a port, and gives the stream.
-    fn connect(&mut self, fds: Vec<OwnedFd>) -> Result<OwnedFd, Refusal> {
-        let port = fds.into_iter().next().and_then(asked_port);
+    fn connect(&mut self, fds: &[OwnedFd]) -> Result<OwnedFd, Refusal> {
+        let port = fds.first().and_then(asked_port);
         if port != Some(AGENT_PORT) {
             return Err(Refusal::Unsupported("vsock".to_owned()));
         }
@@ -371,9 +371,9 @@ fn take<'a>(pipe: &mut File, bytes: &'a mut [u8]) -> Option<&'a [u8]> {
 }
 
 /// Reads the port of a line `CONNECT port`.
-fn asked_port(fd: OwnedFd) -> Option<u32> {
+fn asked_port(fd: &OwnedFd) -> Option<u32> {
     let mut line = [0; LONGEST_ASKING];
-    let (length, _) = rustix::net::recv(&fd, &mut line, rustix::net::RecvFlags::DONTWAIT).ok()?;
+    let (length, _) = rustix::net::recv(fd, &mut line, rustix::net::RecvFlags::DONTWAIT).ok()?;
     let line = std::str::from_utf8(line.get(..length)?).ok()?;
     line.strip_prefix("CONNECT ")?.strip_suffix('\n')?.parse().ok()
 }

@@ -7,7 +7,7 @@ use crate::{
 use quick_junit::{
     NonSuccessKind, Property, Report, SerializeError, TestCase, TestCaseStatus, TestSuite,
 };
-use std::time::Duration;
+use std::{borrow::Cow, time::Duration};
 
 /// How many failures of a clause are written out.
 const SHOWN_FAILURES: usize = 10;
@@ -15,7 +15,7 @@ const SHOWN_FAILURES: usize = 10;
 /// Gives the document: a suite for each summary, and in it a case for each clause. A case fails with what was broken and
 /// the lines that replay it, and is skipped with the reason for which the clause was left out.
 ///
-/// Characters that XML has not are left out of what guests said.
+/// Of what guests said, characters that XML has not are replaced or left out.
 ///
 /// # Errors
 /// Those of the writer.
@@ -26,10 +26,10 @@ pub fn document(summaries: &[Summary]) -> Result<String, SerializeError> {
 }
 
 fn suite(summary: &Summary) -> TestSuite {
-    let mut suite = TestSuite::new(summary.backend.as_str());
+    let mut suite = TestSuite::new(xml_text(&summary.backend));
     suite.set_time(seconds(summary.seconds));
     for (name, value) in [
-        ("environment", summary.environment.clone()),
+        ("environment", xml_text(&summary.environment).into_owned()),
         ("first_seed", format!("{:#x}", summary.first_seed)),
         ("seeds", summary.seeds.to_string()),
         ("shard", summary.shard.to_string()),
@@ -42,7 +42,7 @@ fn suite(summary: &Summary) -> TestSuite {
 
 fn case(summary: &Summary, clause: &ClauseSummary) -> TestCase {
     let mut case = TestCase::new(clause.id, status(summary, clause));
-    case.set_classname(format!("{}.{}", summary.backend, clause.group));
+    case.set_classname(xml_text(&format!("{}.{}", summary.backend, clause.group)));
     case.set_time(seconds(clause.seconds));
     case
 }
@@ -50,7 +50,7 @@ fn case(summary: &Summary, clause: &ClauseSummary) -> TestCase {
 fn status(summary: &Summary, clause: &ClauseSummary) -> TestCaseStatus {
     let skipped = |reason: &str| {
         let mut status = TestCaseStatus::skipped();
-        status.set_message(reason);
+        status.set_message(xml_text(reason));
         status
     };
     match &clause.ignored {
@@ -68,10 +68,16 @@ fn failed(summary: &Summary, clause: &ClauseSummary) -> TestCaseStatus {
     let mut status = TestCaseStatus::non_success(NonSuccessKind::Failure);
     let first = failures.first().map_or("what was broken was not kept", |one| one.broken.as_str());
     status.set_type("broken promise");
-    status.set_message(format!("{failed} of {runs} runs: {first}"));
+    status.set_message(xml_text(&format!("{failed} of {runs} runs: {first}")));
     let shown = failures.iter().take(SHOWN_FAILURES).map(|failure| failure_text(failure));
-    status.set_description(shown.collect::<Vec<_>>().join("\n"));
+    status.set_description(xml_text(&shown.collect::<Vec<_>>().join("\n")));
     status
+}
+
+/// Replaces the two characters that XML has not and that the writer lets through; it leaves out control characters.
+fn xml_text(text: &str) -> Cow<'_, str> {
+    const NONE: [char; 2] = ['\u{fffe}', '\u{ffff}'];
+    if text.contains(NONE) { text.replace(NONE, "\u{fffd}").into() } else { text.into() }
 }
 
 fn seconds(seconds: f64) -> Duration {

@@ -21,8 +21,12 @@ const NOT_FOUND: &str = "NotFound";
 const NOT_A_DIRECTORY: &str = "NotADirectory";
 const IS_A_DIRECTORY: &str = "IsADirectory";
 const NOT_EMPTY: &str = "DirectoryNotEmpty";
+const INVALID_PATH: &str = "InvalidPath";
 const EXISTS: &str = "AlreadyExists";
 const INVALID_ARGUMENT: &str = "Io { errno: 22 }";
+
+/// The longest name that a directory can hold, in bytes.
+const LONGEST_NAME: usize = 255;
 
 impl Files {
     pub(super) fn read(&self, path: &str) -> FileResult<String> {
@@ -38,6 +42,7 @@ impl Files {
 
     pub(super) fn write(&mut self, path: &str, text: &str, times: u32) -> FileResult<()> {
         self.parent(path)?;
+        fits(path)?;
         if let Some(Node::Directory) = self.0.get(path) {
             return Err(IS_A_DIRECTORY);
         }
@@ -63,6 +68,7 @@ impl Files {
         if !recursive {
             self.parent(path)?;
         }
+        fits(path)?;
         let ends = path.match_indices('/').map(|(end, _)| end).chain([path.len()]);
         let prefixes: Vec<_> = ends.map(|end| path[..end].to_owned()).skip(1).collect();
         for prefix in &prefixes {
@@ -92,6 +98,7 @@ impl Files {
         self.parent(from)?;
         self.parent(to)?;
         let moved = self.find(from)?.clone();
+        fits(to)?;
         if within(to, from) {
             return Err(INVALID_ARGUMENT);
         }
@@ -123,6 +130,7 @@ impl Files {
             return Ok(&Node::Directory);
         }
         self.parent(path)?;
+        fits(path)?;
         self.0.get(path).ok_or(NOT_FOUND)
     }
 
@@ -142,6 +150,13 @@ impl Files {
     }
 }
 
+/// Checks that a path's last name is not too long. Unlike other faults of a path, that is for the guest to find out, once
+/// it has come so far.
+fn fits(path: &str) -> FileResult<()> {
+    let name = path.rsplit('/').next().unwrap_or(path);
+    if name.len() > LONGEST_NAME { Err(INVALID_PATH) } else { Ok(()) }
+}
+
 /// Says whether a path is below another.
 fn within(path: &str, above: &str) -> bool {
     path.strip_prefix(above).is_some_and(|rest| rest.starts_with('/'))
@@ -153,8 +168,7 @@ pub(super) fn is_valid(path: &str) -> bool {
     else {
         return path == HOME;
     };
-    rest.split('/')
-        .all(|name| !matches!(name, "" | "." | "..") && name.len() <= 255 && !name.contains('\0'))
+    rest.split('/').all(|name| !matches!(name, "" | "." | "..") && !name.contains('\0'))
 }
 
 #[cfg(test)]
