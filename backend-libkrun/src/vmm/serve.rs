@@ -224,7 +224,7 @@ impl Server {
             Received::Message(ToLauncher::Taken { .. }, _) => {}
             Received::Message(ToLauncher::Request { id, request }, fds) => {
                 let companion = request == Request::Boot;
-                let (result, beside) = match self.answer(&request, fds) {
+                let (result, beside) = match self.answer(&request, &fds) {
                     Ok((answer, beside)) => (Ok(answer), beside),
                     Err(refusal) => (Err(refusal), None),
                 };
@@ -241,7 +241,7 @@ impl Server {
     fn answer(
         &mut self,
         request: &Request,
-        fds: Vec<OwnedFd>,
+        fds: &[OwnedFd],
     ) -> Result<(Answer, Option<OwnedFd>), Refusal> {
         let done = |()| (Answer::Done, None);
         match request {
@@ -250,7 +250,7 @@ impl Server {
             Request::Boot => self.boot().map(done),
             Request::Pause => self.pause().map(done),
             Request::Resume => self.resume().map(done),
-            Request::Connect => Ok((Answer::Connected, Some(self.connect(&fds)?))),
+            Request::Connect => Ok((Answer::Connected, Some(self.connect(fds)?))),
             Request::Listen { .. } | Request::Unlisten { .. } => {
                 Err(Refusal::Unsupported("vsock".to_owned()))
             }

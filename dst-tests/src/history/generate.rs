@@ -453,7 +453,7 @@ impl<'a> Composer<'a> {
         let revives = self.profile.capabilities.has(Capability::Snapshot);
         let snapshot = self.snapshots.first().copied();
         let call = match (source, snapshot) {
-            (_, Some(from)) if revives && draft.remedy % 2 == 0 => {
+            (_, Some(from)) if revives && draft.remedy.is_multiple_of(2) => {
                 Call::new(vm, Act::Revive { from, resume: draft.resume })
             }
             (Some(source), _) if forks => Call::new(source, Act::Fork { into: vec![vm] }),

@@ -10,7 +10,6 @@ use super::{
 use crate::context::Context;
 use futures_util::future::{Either, join_all, select};
 use std::{
-    convert::Infallible,
     pin::pin,
     sync::{
         Mutex, PoisonError,
@@ -84,31 +83,35 @@ impl<'a> Driver<'a> {
     }
 
     async fn together(&self, calls: &[Call]) -> Vec<CallRecord> {
-        let added = Mutex::new(Vec::new());
-        let mut records = {
-            let all = pin!(join_all(calls.iter().map(|call| self.one(call))));
-            let again = pin!(self.resume_again(&added));
-            match select(all, again).await {
-                Either::Left((records, _)) => records,
-                Either::Right((never, _)) => match never {},
+        let mut all = pin!(join_all(calls.iter().map(|call| self.one(call))));
+        let mut added = Vec::new();
+        let mut records = loop {
+            let patience = pin!(self.ctx.sleep(self.patience));
+            if let Either::Left((records, _)) = select(all.as_mut(), patience).await {
+                break records;
+            }
+            // What was begun is carried out, so its end is waited for whatever else ends meanwhile.
+            match select(all.as_mut(), pin!(self.resume_all())).await {
+                Either::Left((records, resuming)) => {
+                    added.extend(resuming.await);
+                    break records;
+                }
+                Either::Right((resumed, _)) => added.extend(resumed),
             }
         };
-        records.extend(added.into_inner().unwrap_or_else(PoisonError::into_inner));
+        records.extend(added);
         records
     }
 
-    /// Lets guests run on whenever calls have been waiting for long: a program under way cannot end while its guest
-    /// stands still.
-    async fn resume_again(&self, added: &Mutex<Vec<CallRecord>>) -> Infallible {
-        loop {
-            self.ctx.sleep(self.patience).await;
-            for (vm, state) in self.machines.states() {
-                if state == state_name(&VmState::Paused) {
-                    let record = self.one(&Call::new(vm, Act::Resume)).await;
-                    added.lock().unwrap_or_else(PoisonError::into_inner).push(record);
-                }
+    /// Lets guests run on: a program under way cannot end while its guest stands still.
+    async fn resume_all(&self) -> Vec<CallRecord> {
+        let mut records = Vec::new();
+        for (vm, state) in self.machines.states() {
+            if state == state_name(&VmState::Paused) {
+                records.push(self.one(&Call::new(vm, Act::Resume)).await);
             }
         }
+        records
     }
 
     async fn one(&self, call: &Call) -> CallRecord {

@@ -84,7 +84,10 @@ pub(super) fn explains(kind: FaultKind, act: &Act, code: &str) -> bool {
         K::GuestDiskFull | K::GuestIo => {
             guest && is(&["guest_file", "exec_failed", "resource_exhausted"])
         }
-        K::SlowIo => guest && is(&["timeout"]),
+        // The agent answers nobody meanwhile, nor whoever tells it the time.
+        K::SlowIo => {
+            (guest || captures || matches!(act, Act::Resume)) && is(&["timeout", "disconnected"])
+        }
         K::ExecHang | K::ExecKilled | K::OutputCut => {
             guest && is(&["timeout", "exec_failed", "disconnected"])
         }
