@@ -266,7 +266,7 @@ fn failures_and_their_records_survive_the_merge() {
 #[test]
 fn shards_that_do_not_fit_are_refused() {
     let parts: Vec<_> = (1..=3).map(|index| shard(index, 3, 2)).collect();
-    let put = |parts: &[&Part]| merge::merge(parts.iter().map(|part| Part::clone(part)).collect());
+    let put = |parts: &[&Part]| merge::merge(parts.iter().copied().cloned().collect());
     let [one, two, three] = &parts[..] else { unreachable!() };
     assert!(put(&[one, two, three]).is_ok());
     assert!(matches!(put(&[]), Err(MergeError::None)));
@@ -310,7 +310,7 @@ fn shards_that_do_not_fit_are_refused() {
 fn files_that_are_no_reports_are_refused() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("report.json");
-    assert!(matches!(merge::read(&[path.clone()]), Err(MergeError::Unreadable { .. })));
+    assert!(matches!(merge::read(std::slice::from_ref(&path)), Err(MergeError::Unreadable { .. })));
     let good = serde_json::to_value(shard(1, 1, 1).summary).unwrap();
     let mut unknown = good.clone();
     unknown["per_clause"][0]["id"] = "exec.of_another_version".into();
@@ -318,11 +318,14 @@ fn files_that_are_no_reports_are_refused() {
     impossible["shard"]["index"] = 2.into();
     for bad in ["", "{}", "null", "[{}]", "\u{0}", &unknown.to_string(), &impossible.to_string()] {
         std::fs::write(&path, bad).unwrap();
-        assert!(matches!(merge::read(&[path.clone()]), Err(MergeError::NoReport { .. })), "{bad}");
+        assert!(
+            matches!(merge::read(std::slice::from_ref(&path)), Err(MergeError::NoReport { .. })),
+            "{bad}"
+        );
     }
     for fine in [good.to_string(), format!("[{good}, {good}]")] {
         std::fs::write(&path, &fine).unwrap();
-        assert!(merge::read(&[path.clone()]).is_ok());
+        assert!(merge::read(std::slice::from_ref(&path)).is_ok());
     }
 }
 
