@@ -11,6 +11,15 @@ contract seeds="1000":
 test:
     cargo test --workspace
 
+# Run the contract and leave one page that shows what came of it
+report file="target/report.html" seeds="100":
+    cargo run --release -p vm-dst -- run --seeds {{ seeds }} --report {{ file }}
+
+# Look at the report's page in a browser, as CI does
+report-browser:
+    cargo test -p vm-dst --test report
+    dst-tests/tests/report/browser target/tmp/report.html
+
 # Show one run as a timeline
 replay seed clause:
     cargo run --release -p vm-dst -- replay --seed {{ seed }} --clause {{ clause }}

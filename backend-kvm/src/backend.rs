@@ -1,12 +1,9 @@
 //! [`KvmBackend`]: a whole backend with one call.
 
 use crate::{KvmHypervisor, KvmHypervisorBuilder, SetupError};
-use rustix::rand::GetRandomFlags;
-use std::{env, path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc};
 use vm_core::{
-    backend::{CoreBackend, CoreParts},
-    env::TokioEnv,
-    host_fs::StdFs,
+    backend::CoreBackend,
     observe::{NoObserver, Observer},
 };
 
@@ -89,28 +86,7 @@ impl KvmBackendBuilder {
     /// # Panics
     /// Outside a tokio runtime with I/O and time enabled.
     pub fn build(self) -> Result<CoreBackend, SetupError> {
-        let user = rustix::process::geteuid().as_raw();
-        let snapshots = self
-            .snapshots
-            .unwrap_or_else(|| env::temp_dir().join(format!("twinvm-snapshots-{user}")));
-        Ok(CoreBackend::new(CoreParts {
-            hypervisor: Arc::new(self.hypervisor.build()?),
-            env: Arc::new(TokioEnv::real(fill_random)),
-            fs: Arc::new(StdFs),
-            snapshots,
-            observer: self.observer,
-        }))
-    }
-}
-
-/// Takes randomness from the operating system.
-fn fill_random(mut bytes: &mut [u8]) {
-    while !bytes.is_empty() {
-        match rustix::rand::getrandom(&mut *bytes, GetRandomFlags::empty()) {
-            Ok(filled) => bytes = &mut bytes[filled..],
-            Err(rustix::io::Errno::INTR) => {}
-            // Only a Linux from before 2014 has no getrandom, and it has no pidfds either.
-            Err(_) => return,
-        }
+        let hypervisor = Arc::new(self.hypervisor.build()?);
+        Ok(vm_launcher::backend::on_this_host(hypervisor, self.snapshots, self.observer))
     }
 }

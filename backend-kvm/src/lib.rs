@@ -20,25 +20,31 @@
 #![deny(unsafe_code)]
 
 mod backend;
-mod console;
-pub mod control;
-mod files;
 mod hypervisor;
-mod images;
-mod launcher;
-mod life;
 mod machine;
-mod packet;
 mod probe;
-mod ready;
 mod snapshot;
-mod sync;
 pub mod vmm;
+
+use vm_launcher::sync;
 
 pub use backend::{KvmBackend, KvmBackendBuilder};
 pub use hypervisor::{KvmHypervisor, KvmHypervisorBuilder, SetupError};
-pub use launcher::{
-    LAUNCHER_VARIABLE, LauncherProgram, NoLauncher, RUN_LAUNCHER_VARIABLE, run_launcher_if_asked,
-};
-pub use life::StageTimes;
 pub use probe::{Fitness, NotFit, probe};
+pub use vm_launcher::{
+    control,
+    life::StageTimes,
+    program::{LauncherKind, LauncherProgram, NoLauncher},
+};
+
+/// The launcher of KVM machines: `vm-kvm-launcher`, which the variable `TWINVM_KVM_LAUNCHER` may name.
+pub static LAUNCHER: LauncherKind =
+    LauncherKind::new("vm-kvm-launcher", "TWINVM_KVM_LAUNCHER", "TWINVM_RUN_KVM_LAUNCHER");
+
+/// Becomes the launcher of KVM machines where this process was started for that, and then does not return.
+///
+/// It must be the first thing that `main` does, before there are other threads. A program that calls it needs no other
+/// binary to run machines; see [`LauncherProgram::find`] for when it is used.
+pub fn run_launcher_if_asked() {
+    LAUNCHER.run_if_asked(vmm::launcher_main);
+}

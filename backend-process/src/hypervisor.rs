@@ -122,6 +122,7 @@ impl Hypervisor for ProcessHypervisor {
     }
 
     fn capabilities(&self) -> Capabilities {
+        // No limits on programs: the mark by which what an agent leaves is found is one of them.
         Capabilities::from_iter([Capability::Exec, Capability::Files, Capability::Tty])
     }
 

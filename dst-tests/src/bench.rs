@@ -10,6 +10,8 @@ use std::{
 use vm_sim::scenario::{self, Mismatch, Outcome};
 
 pub mod kvm;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub mod side_by_side;
 
 /// How many operations a scenario has.
 pub const OPERATIONS: u32 = 50;

@@ -25,6 +25,7 @@ mod files_atomic;
 mod files_names;
 mod fork;
 mod guest_streams;
+mod history;
 mod incremental;
 mod incremental_bases;
 mod inspect;
@@ -35,8 +36,11 @@ mod lifecycle_boot;
 mod lifecycle_ends;
 mod lifecycle_table;
 mod lifecycle_told;
+mod limits;
 mod meetings;
 mod metrics;
+mod mounts;
+mod network;
 mod pause;
 mod probe;
 mod process;
@@ -48,6 +52,8 @@ mod streams;
 mod tty;
 mod vsock;
 mod vsock_life;
+
+pub use history::GENERATED_HISTORY;
 
 /// Gives every clause, in the order of the groups.
 pub fn all() -> impl Iterator<Item = &'static Clause> {
@@ -94,10 +100,14 @@ const GROUPS: &[&[Clause]] = &[
     config::CLAUSES,
     console_file::CLAUSES,
     boot_files::CLAUSES,
+    limits::CLAUSES,
+    mounts::CLAUSES,
+    network::CLAUSES,
     errors::CLAUSES,
     events::CLAUSES,
     metrics::CLAUSES,
     leftovers::CLAUSES,
     chaos::CLAUSES,
     meetings::CLAUSES,
+    history::CLAUSES,
 ];

@@ -2,7 +2,9 @@
 
 use crate::{
     clause::{Broken, Verdict},
+    history::Assignment,
     pool::WarmPool,
+    target::Run,
     template::Template,
 };
 use bytes::Bytes;
@@ -58,7 +60,7 @@ pub type Scratch = dyn Fn(&dyn VmInstance) -> String + Send + Sync;
 /// What a check has at hand: the backend, generated inputs, time and faults.
 pub struct Context {
     setup: Setup,
-    seed: u64,
+    run: Run,
     rng: Mutex<ChaCha8Rng>,
     borrowed: Mutex<Vec<Arc<dyn VmInstance>>>,
 }
@@ -66,13 +68,13 @@ pub struct Context {
 impl Context {
     /// Makes the context of one run. Inputs are drawn from `seed` and the clause's id.
     #[must_use]
-    pub fn new(setup: Setup, seed: u64, clause: &str) -> Self {
+    pub fn new(setup: Setup, run: Run) -> Self {
         // FNV-1a: the same stream on every machine and in every version of Rust.
-        let salt = clause.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+        let salt = run.clause.id.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
         });
-        let rng = ChaCha8Rng::seed_from_u64(seed ^ salt);
-        Self { setup, seed, rng: Mutex::new(rng), borrowed: Mutex::default() }
+        let rng = ChaCha8Rng::seed_from_u64(run.seed ^ salt);
+        Self { setup, run, rng: Mutex::new(rng), borrowed: Mutex::default() }
     }
 
     /// Gives the backend.
@@ -90,7 +92,13 @@ impl Context {
     /// Gives the seed.
     #[must_use]
     pub fn seed(&self) -> u64 {
-        self.seed
+        self.run.seed
+    }
+
+    /// Gives the script that is to be carried out, where one was given.
+    #[must_use]
+    pub fn assignment(&self) -> Option<&Arc<Assignment>> {
+        self.run.assignment.as_ref()
     }
 
     /// Gives what the backend can do.
@@ -151,6 +159,15 @@ impl Context {
     pub fn host_path(&self, name: &str) -> PathBuf {
         let unique = self.draw(0, u64::MAX);
         self.setup.host_dir.join(format!("{unique:016x}-{name}"))
+    }
+
+    /// Makes a directory of the host, and what it stands in. It is no leftover where
+    /// [`host_path`](Self::host_path) named it.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub async fn make_host_dir(&self, path: &Path) -> io::Result<()> {
+        self.setup.host_fs.create_dir_all(path).await
     }
 
     /// Reads a whole file of the host.
@@ -380,6 +397,6 @@ impl fmt::Debug for Setup {
 
 impl fmt::Debug for Context {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Context").field("seed", &self.seed).finish_non_exhaustive()
+        f.debug_struct("Context").field("seed", &self.run.seed).finish_non_exhaustive()
     }
 }

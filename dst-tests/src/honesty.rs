@@ -12,10 +12,10 @@ use crate::{
 use bytes::Bytes;
 use std::{path::PathBuf, sync::Arc, time::Duration};
 use vm_trait::{
-    Capability, CreateDirOptions, DiskConfig, ExecRequest, ForkOptions, KernelConfig, Mib,
-    OutputOffsets, ProcessId, RemoveOptions, RestoreOptions, RootConfig, Snapshot, SnapshotId,
-    SnapshotMetadata, SnapshotOptions, TtySize, User, VmConfig, VmErrorKind, VmId, VmInstance,
-    VmResult, WriteOptions,
+    Capability, CreateDirOptions, DiskConfig, ExecRequest, ForkOptions, KernelConfig, Limit, Mib,
+    MountConfig, NetworkConfig, OutputOffsets, ProcessId, RemoveOptions, Resource, RestoreOptions,
+    RootConfig, Snapshot, SnapshotId, SnapshotMetadata, SnapshotOptions, TtySize, User, VmConfig,
+    VmErrorKind, VmId, VmInstance, VmResult, WriteOptions,
 };
 
 /// Lists the clauses, each with the capability whose absence it binds to.
@@ -134,6 +134,46 @@ pub const CLAUSES: &[(Capability, Clause)] = &[
             no_incremental,
             "honesty.incremental_snapshot",
             "without `incremental_snapshot`: tracked snapshots and restores, bases and merges are Unsupported",
+            [],
+            faults: []
+        ),
+    ),
+    (
+        Capability::Mounts,
+        clause!(
+            no_mounts,
+            "honesty.mounts",
+            "without `mounts`: a machine with a directory of the host is Unsupported",
+            [],
+            faults: []
+        ),
+    ),
+    (
+        Capability::Limits,
+        clause!(
+            no_limits,
+            "honesty.limits",
+            "without `limits`: a machine with a limit on its programs is Unsupported",
+            [],
+            faults: []
+        ),
+    ),
+    (
+        Capability::NetworkTsi,
+        clause!(
+            no_tsi,
+            "honesty.network_tsi",
+            "without `network_tsi`: a machine with that network is Unsupported",
+            [],
+            faults: []
+        ),
+    ),
+    (
+        Capability::NetworkPasst,
+        clause!(
+            no_passt,
+            "honesty.network_passt",
+            "without `network_passt`: a machine with that network is Unsupported",
             [],
             faults: []
         ),
@@ -303,6 +343,40 @@ async fn no_incremental(ctx: &Context) -> Verdict {
     let other = ctx.created().await?;
     unsupported("a tracked restore in place", other.restore(&base, tracked).await)?;
     unsupported("merge_snapshot", ctx.backend().merge_snapshot(&base, None).await)
+}
+
+async fn no_mounts(ctx: &Context) -> Verdict {
+    lacking(ctx, Capability::Mounts).await?;
+    let read_only = ctx.one_in(2);
+    let mount = MountConfig::new(std::env::temp_dir(), "/mounted").with_read_only(read_only);
+    let config = VmConfig::builder().with_mount(mount).build()?;
+    unsupported("create with a mount", ctx.backend().create(config).await)
+}
+
+async fn no_limits(ctx: &Context) -> Verdict {
+    lacking(ctx, Capability::Limits).await?;
+    let resource = ctx.pick(Resource::ALL);
+    let config = VmConfig::builder().with_limit(resource, Limit::of(1 << 20)).build()?;
+    unsupported("create with a limit", ctx.backend().create(config).await)
+}
+
+async fn no_tsi(ctx: &Context) -> Verdict {
+    lacking(ctx, Capability::NetworkTsi).await?;
+    no_network(ctx, NetworkConfig::tsi()).await
+}
+
+async fn no_passt(ctx: &Context) -> Verdict {
+    lacking(ctx, Capability::NetworkPasst).await?;
+    no_network(ctx, NetworkConfig::passt()).await
+}
+
+async fn no_network(ctx: &Context, network: NetworkConfig) -> Verdict {
+    let port = u16::try_from(ctx.draw(1, 65_535)).unwrap_or(1);
+    for network in [network.clone(), network.with_port(port, 80)] {
+        let config = VmConfig::builder().with_network(network).build()?;
+        unsupported("create with a network", ctx.backend().create(config).await)?;
+    }
+    Ok(())
 }
 
 fn made_up_snapshot(ctx: &Context, vm: VmId) -> Snapshot {

@@ -20,6 +20,7 @@
 //! | [`clause`](mod@clause) | [`Clause`](clause::Clause): a promise as data and a check |
 //! | [`context`] | what a check has at hand: the backend, generated inputs, time, faults |
 //! | [`clauses`] | the clauses themselves, by group |
+//! | [`history`] | generated histories: scripts, the reference model, shrinking, comparing backends |
 //! | [`honesty`] | the clauses that bind a backend to answer `Unsupported` |
 //! | [`target`] | [`Target`](target::Target): a backend to hold to the contract |
 //! | [`environment`] | madsim, tokio with paused time, turmoil |
@@ -27,7 +28,9 @@
 //! | [`pool`], [`template`] | running machines that clauses share, and that they fork |
 //! | [`plan`] | which clauses are run on a target, and which are left out and why |
 //! | [`runner`] | all clauses under all seeds on all cores |
-//! | [`summary`], [`report`] | what came of it, as data and as text |
+//! | [`summary`], [`report`] | what came of it, as data, as text, as a page and as JUnit's XML |
+//! | [`record`] | what is kept of a run that broke a promise |
+//! | [`shard`], [`merge`] | a session on many machines, and putting together what they report |
 //! | [`contract`] | the contract as a test program |
 //! | [`contract_doc`] | the contract as a document |
 //! | [`seeds`], [`filter`] | choosing seeds and clauses |
@@ -46,15 +49,20 @@ pub mod contract_doc;
 pub mod coverage;
 pub mod environment;
 pub mod filter;
+pub mod history;
 pub mod honesty;
+pub mod merge;
 pub mod mutants;
+mod ordered;
 pub mod panics;
 pub mod plan;
 pub mod pool;
+pub mod record;
 pub mod report;
 pub mod runner;
 pub mod seeds;
 pub mod session;
+pub mod shard;
 pub mod soak;
 pub mod summary;
 pub mod target;

@@ -302,7 +302,7 @@ impl Outcome {
     fn note(&mut self, clause: &'static Clause, seed: u64, broken: String) {
         self.by.insert(clause.id);
         let seeds = seed + 1;
-        self.caught.get_or_insert_with(|| Catch { clause: clause.id, seed, seeds, broken });
+        self.caught.get_or_insert(Catch { clause: clause.id, seed, seeds, broken });
     }
 }
 

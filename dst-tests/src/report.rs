@@ -1,12 +1,16 @@
-//! What a session came to, as text for people.
+//! What a session came to: here as text for people, below as a page and as XML for CI systems.
 
 use crate::{
     runner::failure_text,
+    shard::Shard,
     summary::{ClauseSummary, Summary},
 };
 use comfy_table::{Cell, CellAlignment, ContentArrangement, Table, presets};
 use std::collections::BTreeMap;
 use vm_core::fault::FaultKind;
+
+pub mod html;
+pub mod junit;
 
 /// How many failures are shown.
 const SHOWN_FAILURES: usize = 20;
@@ -29,6 +33,10 @@ pub fn text(summary: &Summary, width: Option<u16>) -> String {
     if summary.twice {
         let Summary { seeds, differing, .. } = summary;
         parts.push(format!("{seeds} seeds run twice: {differing} differing fingerprints"));
+    }
+    if summary.shard != Shard::WHOLE {
+        let (shard, seeds) = (summary.shard, summary.seeds);
+        parts.push(format!("shard {shard} of the runs under {seeds} seeds"));
     }
     if summary.interrupted {
         let Summary { runs, seconds, .. } = summary;
@@ -125,21 +133,9 @@ fn left_out(summary: &Summary) -> Vec<String> {
 }
 
 fn failures(summary: &Summary) -> Vec<String> {
-    // One of each clause before a second of any, so that no clause hides another.
-    let mut seen: BTreeMap<&str, usize> = BTreeMap::new();
-    let mut ranked: Vec<_> = summary
-        .failures
-        .iter()
-        .map(|failure| {
-            let rank = seen.entry(failure.clause).or_default();
-            *rank += 1;
-            (*rank, failure)
-        })
-        .collect();
-    ranked.sort_by_key(|(rank, _)| *rank);
-    let shown = ranked.iter().take(SHOWN_FAILURES);
+    let shown = summary.ranked_failures().into_iter().take(SHOWN_FAILURES);
     let mut lines: Vec<_> =
-        shown.map(|(_, failure)| format!("FAILED {}", failure_text(failure))).collect();
+        shown.map(|failure| format!("FAILED {}", failure_text(failure))).collect();
     let more = summary.failed.saturating_sub(lines.len().try_into().unwrap_or(u64::MAX));
     if more > 0 && !lines.is_empty() {
         lines.push(format!("and {more} more failed runs"));

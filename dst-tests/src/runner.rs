@@ -2,7 +2,9 @@
 
 use crate::{
     plan::{Ignored, Plan},
+    record::RunRecord,
     seeds::Seeds,
+    shard::Shard,
     summary::{Failure, Summary},
     target::{Detail, RunReport, Target},
 };
@@ -15,6 +17,11 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
+
+/// Of how many failures a session that records keeps the record.
+const RECORDED_FAILURES: usize = 30;
+/// How long second runs may take in all, beyond what the last takes.
+const SECOND_RUNS: Duration = Duration::from_secs(600);
 
 /// What is to be run, and how.
 #[derive(Clone, Debug)]
@@ -29,6 +36,11 @@ pub struct Session {
     pub jobs: usize,
     /// Runs everything twice and compares the fingerprints.
     pub twice: bool,
+    /// Runs only this part.
+    pub shard: Shard,
+    /// Keeps what happened in the runs that break a promise, up to 30 of them: on a deterministic target by running them
+    /// again, so that nothing is slower while promises are kept.
+    pub record: bool,
     /// Ends the session early once it is set.
     pub interrupt: Arc<AtomicBool>,
 }
@@ -64,14 +76,14 @@ impl Session {
     #[must_use]
     pub fn new(target: Arc<dyn Target>, plan: Plan, seeds: Seeds) -> Self {
         let jobs = target.parallel_runs().unwrap_or_else(cores);
-        Self { target, plan, seeds, jobs, twice: false, interrupt: Arc::default() }
+        let (shard, interrupt) = (Shard::WHOLE, Arc::default());
+        Self { target, plan, seeds, jobs, twice: false, shard, record: false, interrupt }
     }
 
     /// Counts the runs.
     #[must_use]
     pub fn runs(&self) -> u64 {
-        let clauses = u64::try_from(self.plan.clauses.len()).unwrap_or(u64::MAX);
-        self.seeds.count.saturating_mul(clauses)
+        self.shard.runs(self.seeds, self.clauses())
     }
 
     /// Runs everything, and calls `on_progress` after every run, and now and then between them.
@@ -81,11 +93,44 @@ impl Session {
         let ignored = ignored.map(|Ignored { clause, reason }| (*clause, reason.as_str()));
         let mut summary = Summary::new(&*self.target, self.seeds, &self.plan.clauses, ignored);
         summary.twice = self.twice;
+        summary.shard = self.shard;
         self.pool().drain(self, &mut summary, on_progress);
         summary.interrupted = summary.items < self.runs();
         summary.seconds = began.elapsed().as_secs_f64();
         summary.sort_failures();
+        if self.record {
+            self.record_failures(&mut summary);
+        }
         summary
+    }
+
+    fn clauses(&self) -> u64 {
+        u64::try_from(self.plan.clauses.len()).unwrap_or(u64::MAX)
+    }
+
+    /// Puts a record beside failures that have none.
+    fn record_failures(&self, summary: &mut Summary) {
+        let began = Instant::now();
+        let ranked = summary.ranked_failures().into_iter().take(RECORDED_FAILURES);
+        let chosen: Vec<_> = ranked.map(|failure| (failure.clause, failure.seed)).collect();
+        let mut recorded = Vec::new();
+        for failure in &mut summary.failures {
+            if !chosen.contains(&(failure.clause, failure.seed)) {
+                // Of more than are shown, only the text is kept.
+                failure.record = None;
+            } else if failure.record.is_none() {
+                recorded.push(failure);
+            }
+        }
+        for failure in recorded {
+            let interrupted = self.interrupt.load(Ordering::Relaxed);
+            if interrupted || began.elapsed() > SECOND_RUNS {
+                return;
+            }
+            let clause = self.plan.clauses.iter().find(|clause| clause.id == failure.clause);
+            failure.record =
+                clause.map(|clause| RunRecord::of_second_run(&self.target, clause, failure.seed));
+        }
     }
 
     fn add_to(&self, summary: &mut Summary, item: Item, reports: &[RunReport], took: Duration) {
@@ -129,21 +174,39 @@ impl Work {
         if self.session.interrupt.load(Ordering::Relaxed) {
             return None;
         }
-        let index = self.next.fetch_add(1, Ordering::Relaxed);
-        if index >= self.session.runs() {
-            return None;
+        let session = &self.session;
+        let clauses = session.clauses();
+        let all = session.seeds.count.saturating_mul(clauses);
+        loop {
+            let index = self.next.fetch_add(1, Ordering::Relaxed);
+            if index >= all {
+                return None;
+            }
+            // All clauses of a seed before the next seed, so that what an interrupted session ran is even.
+            let (seed, clause) = (index / clauses, index % clauses);
+            if session.shard.has(seed, clause) {
+                let clause = usize::try_from(clause).ok()?;
+                return Some(Item { clause, seed: session.seeds.at(seed) });
+            }
         }
-        // All clauses of a seed before the next seed, so that what an interrupted session ran is even.
-        let clauses = u64::try_from(self.session.plan.clauses.len()).ok()?;
-        let clause = usize::try_from(index % clauses).ok()?;
-        Some(Item { clause, seed: self.session.seeds.at(index / clauses) })
     }
 
     fn run(&self, item: Item) -> Vec<RunReport> {
         let times = if self.session.twice { 2 } else { 1 };
         let clause = self.session.plan.clauses[item.clause];
         let target = &self.session.target;
-        (0..times).map(|_| target.run(clause, item.seed, Detail::Fingerprint)).collect()
+        let detail = match self.session.record {
+            true if !target.is_deterministic() => Detail::Record,
+            _ => Detail::Fingerprint,
+        };
+        let run = |_| {
+            let mut report = target.run(clause, item.seed, detail);
+            if report.broken.is_none() {
+                report.timeline = Vec::new();
+            }
+            report
+        };
+        (0..times).map(run).collect()
     }
 }
 
@@ -234,7 +297,7 @@ impl Pool {
             self.workers[worker].1 = false;
             let broken =
                 format!("the run did not end within {patience:?} of real time: a livelock");
-            let report = RunReport { broken: Some(broken), ..RunReport::default() };
+            let report = RunReport { broken: Some(broken), given_up: true, ..RunReport::default() };
             session.add_to(summary, item, &[report], began.elapsed());
             self.hire();
         }

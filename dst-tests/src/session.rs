@@ -1,16 +1,23 @@
 //! One run inside its environment: the check, then the proof that nothing is left.
 
 use crate::{
-    clause::Clause,
     context::{Context, Setup},
+    ordered::CountedFaults,
     panics::PanicSink,
+    target::Run,
 };
 use futures_util::{
     FutureExt,
     future::{Either, select},
 };
-use std::{future::Future, panic::AssertUnwindSafe, pin::pin, time::Duration};
-use vm_core::env::Env;
+use std::{
+    collections::BTreeMap, future::Future, panic::AssertUnwindSafe, pin::pin, sync::Arc,
+    time::Duration,
+};
+use vm_core::{
+    env::Env,
+    fault::{FaultControl, FaultKind},
+};
 
 /// How long a run may take, on the backend's clock.
 #[derive(Clone, Copy, Debug)]
@@ -31,7 +38,16 @@ impl Limits {
         Self { check: Duration::from_secs(120), leftovers: Duration::from_secs(60) };
 }
 
-/// Runs the check of `clause` and says what was broken, if anything.
+/// What came of a check.
+#[derive(Clone, Debug, Default)]
+pub struct Kept {
+    /// What was broken, if anything.
+    pub broken: Option<String>,
+    /// How often the check ordered each fault.
+    pub faults_ordered: BTreeMap<FaultKind, u64>,
+}
+
+/// Runs the check of a clause and says what was broken, if anything, and which faults it ordered.
 ///
 /// Every handle that the context holds is dropped afterwards, and what is then left on the host for longer than the
 /// limit is held against the backend.
@@ -39,15 +55,29 @@ impl Limits {
 /// `sleep` waits on the clock of the runtime; the environment of the backend is not used for that, because it may count
 /// the timers that are left.
 pub async fn keep<S: Future<Output = ()>>(
+    mut setup: Setup,
+    run: Run,
+    limits: Limits,
+    sleep: impl FnOnce(Duration) -> S,
+) -> Kept {
+    let counted = setup.faults.take().map(CountedFaults::new);
+    setup.faults = counted.clone().map(|counted| counted as Arc<dyn FaultControl>);
+    let broken = broken_by(setup, run, limits, sleep).await;
+    let faults_ordered = counted.map(|counted| counted.ordered()).unwrap_or_default();
+    Kept { broken, faults_ordered }
+}
+
+async fn broken_by<S: Future<Output = ()>>(
     setup: Setup,
-    (clause, seed): (&Clause, u64),
+    run: Run,
     limits: Limits,
     sleep: impl FnOnce(Duration) -> S,
 ) -> Option<String> {
     let env = setup.env.clone();
     let leftovers = setup.leftovers.clone();
-    let context = Context::new(setup, seed, clause.id);
-    let check = AssertUnwindSafe((clause.check)(&context)).catch_unwind();
+    let check = run.clause.check;
+    let context = Context::new(setup, run);
+    let check = AssertUnwindSafe(check(&context)).catch_unwind();
     let verdict = match select(check, pin!(sleep(limits.check))).await {
         Either::Left((verdict, _)) => Some(verdict),
         Either::Right(((), _)) => None,

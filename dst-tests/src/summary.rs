@@ -2,18 +2,24 @@
 
 use crate::{
     clause::Clause,
+    record::{RunRecord, SecondRun},
     seeds::Seeds,
+    shard::Shard,
     target::{RunReport, Target},
 };
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 use std::{collections::BTreeMap, time::Duration};
 use vm_core::fault::FaultKind;
 
+mod saved;
+
+pub use saved::{ContractText, Fingerprints};
+
 /// How many failures are kept whole; all are counted.
-const KEPT_FAILURES: usize = 1000;
+pub(crate) const KEPT_FAILURES: usize = 1000;
 
 /// What a session came to.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Summary {
     /// The backend's name.
     pub backend: String,
@@ -23,6 +29,9 @@ pub struct Summary {
     pub first_seed: u64,
     /// How many seeds were asked for.
     pub seeds: u64,
+    /// Which part of their runs this is about.
+    #[serde(default)]
+    pub shard: Shard,
     /// How many clauses were run.
     pub clauses: usize,
     /// How many runs ended.
@@ -42,22 +51,30 @@ pub struct Summary {
     /// How often each fault happened. A kind that never happened counts zero.
     #[serde(serialize_with = "by_name")]
     pub faults_fired: BTreeMap<FaultKind, u64>,
+    /// How often checks ordered each fault.
+    #[serde(default, serialize_with = "by_name")]
+    pub faults_ordered: BTreeMap<FaultKind, u64>,
     /// The clauses: those that were run, in the order of the registry, then those that were left out.
     pub per_clause: Vec<ClauseSummary>,
     /// What was broken; the first 1,000.
     pub failures: Vec<Failure>,
     /// How many pairs of clause and seed are done.
-    #[serde(skip)]
+    #[serde(default)]
     pub(crate) items: u64,
 }
 
 /// What came of one clause.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ClauseSummary {
     /// Its id.
-    pub id: &'static str,
+    #[serde(deserialize_with = "saved::registered")]
+    pub id: ContractText,
     /// Its group.
-    pub group: &'static str,
+    #[serde(deserialize_with = "saved::registered")]
+    pub group: ContractText,
+    /// The promise.
+    #[serde(deserialize_with = "saved::registered")]
+    pub promise: ContractText,
     /// How many runs ended.
     pub runs: u64,
     /// How many of them broke the promise.
@@ -69,21 +86,32 @@ pub struct ClauseSummary {
     /// How often each fault happened.
     #[serde(serialize_with = "by_name")]
     pub faults_fired: BTreeMap<FaultKind, u64>,
+    /// How often its check ordered each fault.
+    #[serde(default, serialize_with = "by_name")]
+    pub faults_ordered: BTreeMap<FaultKind, u64>,
+    /// The fingerprints of its runs taken together, where the target is deterministic.
+    #[serde(default)]
+    pub fingerprints: Option<Fingerprints>,
 }
 
 /// A promise that was not kept.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Failure {
     /// The clause's id.
-    pub clause: &'static str,
+    #[serde(deserialize_with = "saved::registered")]
+    pub clause: ContractText,
     /// The promise.
-    pub promise: &'static str,
+    #[serde(deserialize_with = "saved::registered")]
+    pub promise: ContractText,
     /// The seed.
     pub seed: u64,
     /// What was seen.
     pub broken: String,
     /// The one line that runs it again.
     pub replay: String,
+    /// What happened in it, where the session was asked for that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub record: Option<RunRecord>,
 }
 
 impl Summary {
@@ -103,6 +131,7 @@ impl Summary {
             environment: target.environment().to_owned(),
             first_seed: seeds.first,
             seeds: seeds.count,
+            shard: Shard::WHOLE,
             clauses: clauses.len(),
             runs: 0,
             failed: 0,
@@ -112,6 +141,7 @@ impl Summary {
             interrupted: false,
             seconds: 0.0,
             faults_fired: possible.map(|kind| (*kind, 0)).collect(),
+            faults_ordered: BTreeMap::new(),
             per_clause,
             failures: Vec::new(),
             items: 0,
@@ -130,14 +160,24 @@ impl Summary {
         let entry = &mut self.per_clause[index];
         entry.seconds += took.as_secs_f64();
         self.items += 1;
-        let mut broken = None;
+        if let Some(fingerprint) = reports.first().and_then(|report| report.fingerprint) {
+            entry.fingerprints.get_or_insert_default().add(seed, fingerprint);
+        }
+        let (mut broken, mut record) = (None, None);
         for report in reports {
             self.runs += 1;
             entry.runs += 1;
             if report.broken.is_some() {
                 self.failed += 1;
                 entry.failed += 1;
-                broken = broken.or_else(|| report.broken.clone());
+                if broken.is_none() {
+                    broken.clone_from(&report.broken);
+                    record = record_of(report);
+                }
+            }
+            for (kind, times) in &report.faults_ordered {
+                *entry.faults_ordered.entry(*kind).or_default() += times;
+                *self.faults_ordered.entry(*kind).or_default() += times;
             }
             for (kind, times) in &report.faults_fired {
                 *entry.faults_fired.entry(*kind).or_default() += times;
@@ -165,13 +205,30 @@ impl Summary {
         {
             let replay = target.replay_line(clause, seed);
             let (id, promise) = (clause.id, clause.promise);
-            self.failures.push(Failure { clause: id, promise, seed, broken, replay });
+            self.failures.push(Failure { clause: id, promise, seed, broken, replay, record });
         }
     }
 
     /// Puts the failures into an order that does not depend on which thread was first.
     pub(crate) fn sort_failures(&mut self) {
         self.failures.sort_by(|a, b| (a.clause, a.seed).cmp(&(b.clause, b.seed)));
+    }
+
+    /// Gives the failures with one of each clause before a second of any, so that no clause hides another.
+    #[must_use]
+    pub fn ranked_failures(&self) -> Vec<&Failure> {
+        let mut seen: BTreeMap<&str, usize> = BTreeMap::new();
+        let mut ranked: Vec<_> = self
+            .failures
+            .iter()
+            .map(|failure| {
+                let rank = seen.entry(failure.clause).or_default();
+                *rank += 1;
+                (*rank, failure)
+            })
+            .collect();
+        ranked.sort_by_key(|(rank, _)| *rank);
+        ranked.into_iter().map(|(_, failure)| failure).collect()
     }
 
     /// Says whether everything was run and every promise was kept.
@@ -202,13 +259,23 @@ impl ClauseSummary {
         Self {
             id: clause.id,
             group: clause.group(),
+            promise: clause.promise,
             runs: 0,
             failed: 0,
             ignored: ignored.map(str::to_owned),
             seconds: 0.0,
             faults_fired: BTreeMap::new(),
+            faults_ordered: BTreeMap::new(),
+            fingerprints: None,
         }
     }
+}
+
+fn record_of(report: &RunReport) -> Option<RunRecord> {
+    if report.given_up {
+        return Some(RunRecord { second: Some(SecondRun::Endless), ..RunRecord::default() });
+    }
+    (!report.timeline.is_empty()).then(|| RunRecord::of_run(report.timeline.clone()))
 }
 
 fn count(length: usize) -> u64 {

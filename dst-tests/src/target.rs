@@ -1,12 +1,12 @@
 //! A backend to hold to the contract.
 
-use crate::{clause::Clause, seeds::Seeds};
-use std::{collections::BTreeMap, fmt, time::Duration};
-use vm_core::fault::FaultKind;
+use crate::{clause::Clause, clauses, history::Assignment, seeds::Seeds};
+use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
+use vm_core::{fault::FaultKind, timeline::TimelineLine};
 use vm_trait::Capabilities;
 
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-mod kvm;
+mod launchers;
 mod process;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod real;
@@ -15,10 +15,10 @@ mod sim;
 mod tokio;
 
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-pub use kvm::KvmTarget;
+pub use launchers::{KrunTarget, KvmTarget, LauncherTarget, Launchers};
 
 pub use process::ProcessTarget;
-pub use sim::SimTarget;
+pub use sim::{SimTarget, Through};
 pub use tokio::{Opened, TokioTarget};
 
 /// A backend to hold to the contract: how it is opened for a run, and in which environment the run takes place.
@@ -73,6 +73,41 @@ pub trait Target: Send + Sync + fmt::Debug {
 
     /// Runs one clause once, to its end. Called from several threads at a time, each with its own run.
     fn run(&self, clause: &'static Clause, seed: u64, detail: Detail) -> RunReport;
+
+    /// Carries out a given script once, to its end, as the clause on generated histories does with those it draws. What
+    /// came of it stands in the assignment.
+    ///
+    /// A target that does not implement this answers that it cannot, which is a failure.
+    fn carry_out(&self, _assignment: &Arc<Assignment>, _detail: Detail) -> RunReport {
+        let broken = format!("the target {} cannot carry out a given script", self.name());
+        RunReport { broken: Some(broken), ..RunReport::default() }
+    }
+}
+
+/// A check with what it is given.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// The clause.
+    pub clause: &'static Clause,
+    /// The seed.
+    pub seed: u64,
+    /// A script in place of one drawn from the seed.
+    pub assignment: Option<Arc<Assignment>>,
+}
+
+impl Run {
+    /// Runs a clause under a seed.
+    #[must_use]
+    pub fn of(clause: &'static Clause, seed: u64) -> Self {
+        Self { clause, seed, assignment: None }
+    }
+
+    /// Carries out a given script.
+    #[must_use]
+    pub fn of_script(assignment: &Arc<Assignment>) -> Self {
+        let seed = assignment.script.seed;
+        Self { clause: &clauses::GENERATED_HISTORY, seed, assignment: Some(assignment.clone()) }
+    }
 }
 
 /// How much a run keeps of what happened.
@@ -80,8 +115,13 @@ pub trait Target: Send + Sync + fmt::Debug {
 pub enum Detail {
     /// The fingerprint only.
     Fingerprint,
-    /// Every event, to be shown as a timeline.
+    /// Every event where keeping it takes next to nothing, and only where the same seed would not do the same again.
+    /// The run is otherwise as with `Fingerprint`.
+    Record,
+    /// Every event but frames, to be shown as a timeline.
     Timeline,
+    /// Every event.
+    Frames,
 }
 
 /// What came of one run.
@@ -91,10 +131,14 @@ pub struct RunReport {
     pub broken: Option<String>,
     /// How often each fault happened.
     pub faults_fired: BTreeMap<FaultKind, u64>,
+    /// How often the check ordered each fault. Others happen of the target's own accord.
+    pub faults_ordered: BTreeMap<FaultKind, u64>,
     /// A hash of everything that happened, where the target is deterministic.
     pub fingerprint: Option<u128>,
     /// Everything that happened, a line each, where it was asked for.
-    pub timeline: Vec<String>,
+    pub timeline: Vec<TimelineLine>,
+    /// Whether it was given up, as a run that will never end.
+    pub given_up: bool,
 }
 
 /// Names the test of a clause on a backend: `sim::exec::every_exit_code`.

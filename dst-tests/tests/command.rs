@@ -43,6 +43,39 @@ fn a_run_ends_with_its_sums_and_writes_them_as_data() {
 }
 
 #[test]
+fn shards_are_merged_into_one_report_of_every_kind() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let shards = ["1/2", "2/2"].map(|shard| {
+        let path = file(&shard.replace('/', "-of-"));
+        let arguments =
+            ["run", "--seeds", "5", "--clause", "exec.*", "--shard", shard, "--json", &path];
+        let (code, text, errors) = output(&arguments);
+        assert_eq!(code, Some(0), "{text}\n{errors}");
+        assert!(text.contains(&format!("shard {shard} of the runs under 5 seeds")), "{text}");
+        path
+    });
+    let (json, page, junit) = (file("all.json"), file("all.html"), file("all.xml"));
+    let [one, two] = &shards;
+    let outputs = ["--json", &json, "--report", &page, "--junit", &junit];
+    let (code, text, errors) = output(&[&["merge", one, two][..], &outputs].concat());
+    assert_eq!(code, Some(0), "{text}\n{errors}");
+    let (_, whole, _) = output(&["run", "--seeds", "5", "--clause", "exec.*"]);
+    assert_eq!(text.lines().last(), whole.lines().last());
+    let read = |path: &str| std::fs::read_to_string(path).unwrap();
+    let merged: Value = serde_json::from_str(&read(&json)).unwrap();
+    assert_eq!(merged["shard"], serde_json::json!({ "index": 1, "of": 1 }));
+    assert!(read(&page).contains("Contract report") && read(&junit).contains("<testsuites"));
+    // What was merged can be merged again, and a part of it is not the whole.
+    assert_eq!(output(&["merge", &json]).0, Some(0));
+    for refused in [&["merge", one][..], &["merge", one, one, two], &["merge", one, two, &json]] {
+        let (code, _, errors) = output(refused);
+        assert_eq!(code, Some(2), "{errors}");
+        assert!(!errors.is_empty());
+    }
+}
+
+#[test]
 fn dst_seed_is_the_seed_that_runs() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("report.json");
@@ -115,7 +148,7 @@ fn a_soak_says_how_often_it_went_well() {
 
 #[test]
 fn bad_usage_is_told_from_failure() {
-    let bad: [&[&str]; 18] = [
+    let bad: [&[&str]; 23] = [
         &["soak", "--rounds", "0"],
         &["soak", "--what", "fork", "--rounds", "1025"],
         &["soak", "--vcpus", "256"],
@@ -134,6 +167,11 @@ fn bad_usage_is_told_from_failure() {
         &["run", "--backend", "process", "--twice"],
         &["replay", "--seed", "1", "--clause", "no.such_clause"],
         &["replay", "--clause", CLAUSE],
+        &["run", "--shard", "0/4"],
+        &["run", "--shard", "5/4"],
+        &["run", "--shard", "half"],
+        &["merge"],
+        &["merge", "/there/is/none.json"],
     ];
     for arguments in bad {
         let (code, text, errors) = output(arguments);

@@ -4,18 +4,20 @@ use std::{process::ExitCode, sync::Arc};
 use vm_dst::{
     contract::Contract,
     environment::Environment,
-    target::{KvmTarget, ProcessTarget, SimTarget, Target},
+    target::{KrunTarget, KvmTarget, ProcessTarget, SimTarget, Target},
 };
 
 fn main() -> ExitCode {
     vm_backend_process::run_agent_if_asked();
     vm_backend_kvm::run_launcher_if_asked();
+    vm_backend_libkrun::run_launcher_if_asked();
     match Environment::from_env() {
         Ok(environment) => {
             let targets: Vec<Arc<dyn Target>> = vec![
                 Arc::new(SimTarget::new(environment)),
                 Arc::new(ProcessTarget::new()),
                 Arc::new(KvmTarget::new()),
+                Arc::new(KrunTarget::new()),
             ];
             Contract::of(targets).refusing_unknown_backends().main()
         }

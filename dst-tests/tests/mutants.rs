@@ -15,7 +15,7 @@ use vm_dst::{
 use vm_planted_bugs::{Area, Bug};
 
 /// From how many seeds a bug has to hide here.
-const SEEDS: u64 = 50;
+const SEEDS: u64 = 200;
 
 #[test]
 fn every_planted_bug_is_caught() {

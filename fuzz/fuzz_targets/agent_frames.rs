@@ -29,6 +29,7 @@ thread_local! {
             seed: [7; 32],
             max_processes: 32,
             disks: Vec::new(),
+            shares: Vec::new(),
         };
         SimOs::new(config, Arc::new(ProgramRegistry::new())).expect("a guest without disks")
     };

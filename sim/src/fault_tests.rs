@@ -6,10 +6,11 @@ use std::{collections::BTreeSet, future::Future, sync::Arc, time::Duration};
 use vm_core::{
     env::{Env, timeout},
     fault::{FaultKind, FaultOrder},
+    host_fs::HostFs,
 };
 use vm_trait::{
-    DiskConfig, ExecRequest, ExecStatus, ForkOptions, GuestFileError, RestoreOptions, Signal,
-    SnapshotOptions, StopOptions, VmBackend, VmConfig, VmErrorKind, VmInstance, VmState,
+    DiskConfig, ExecRequest, ExecStatus, ForkOptions, GuestFileError, MountConfig, RestoreOptions,
+    Signal, SnapshotOptions, StopOptions, VmBackend, VmConfig, VmErrorKind, VmInstance, VmState,
     WriteOptions,
 };
 
@@ -228,12 +229,17 @@ fn durable_disks_outlive_machine_and_host() {
 
 /// Does a bit of everything, whatever comes of it.
 async fn anything(sim: &SimBackend) {
-    let Ok(vm) = sim.create(VmConfig::default()).await else { return };
+    let _ = sim.host().fs().create_dir_all("/shared".as_ref()).await;
+    let config = VmConfig::builder().with_mount(MountConfig::new("/shared", "/mnt/shared"));
+    let Ok(vm) = sim.create(config.build().unwrap()).await else { return };
     for round in 0..3 {
         let _ = vm.start().await;
         let _ = vm.exec(echo().timeout(Duration::from_secs(60))).await;
         let _ = vm.write_file("/tmp/a", vec![7; 100_000].into(), WriteOptions::default()).await;
         let _ = vm.read_file("/tmp/a").await;
+        let _ =
+            vm.write_file("/mnt/shared/a", vec![7; 9_000].into(), WriteOptions::default()).await;
+        let _ = vm.read_file("/mnt/shared/a").await;
         let _ = vm.pause().await;
         let _ = vm.resume().await;
         if let Ok(snapshot) = vm.snapshot(SnapshotOptions::default()).await {

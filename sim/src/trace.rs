@@ -3,36 +3,18 @@
 use crate::coverage::{Coverage, Tally};
 use serde::{Deserialize, Serialize};
 use std::{
-    fmt,
     sync::{Mutex, PoisonError},
     time::Duration,
 };
 use twox_hash::XxHash3_128;
-use vm_core::{fault::FaultKind, observe::Occurrence};
+pub use vm_core::timeline::TimelineLine;
+use vm_core::{
+    fault::FaultKind,
+    observe::Occurrence,
+    timeline::{Mark, describe},
+};
 use vm_guest_protocol::Frame;
 use vm_trait::VmId;
-
-/// Something that happened, for people.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TimelineLine {
-    /// Virtual time since the run began.
-    pub at: Duration,
-    /// The VM concerned, where there is one.
-    pub vm: Option<VmId>,
-    /// What happened.
-    pub text: String,
-}
-
-impl fmt::Display for TimelineLine {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:>5}.{:06}s  ", self.at.as_secs(), self.at.subsec_micros())?;
-        match self.vm {
-            Some(vm) => write!(f, "{vm}  ")?,
-            None => write!(f, "{:19}  ", "host")?,
-        }
-        f.write_str(&self.text)
-    }
-}
 
 /// What kind of event a record is; part of what is hashed.
 #[derive(Clone, Copy, Debug)]
@@ -55,6 +37,21 @@ pub(crate) enum Tag {
     HostFile,
     Note,
     Stream,
+}
+
+impl Tag {
+    /// Gives what a record that is not the core's is about; the first number of a fault's is its kind.
+    fn mark(self, numbers: &[u64]) -> Mark {
+        let fault = || FaultKind::ALL.iter().find(|kind| numbers.first() == Some(&(**kind as u64)));
+        match self {
+            Self::Fault => fault().map_or(Mark::Note, |fault| Mark::Fault { fault: *fault }),
+            Self::Ordered => fault().map_or(Mark::Note, |fault| Mark::Ordered { fault: *fault }),
+            Self::Machine => Mark::Machine,
+            Self::Console => Mark::Console,
+            Self::HostFile => Mark::HostFile,
+            _ => Mark::Note,
+        }
+    }
 }
 
 /// How much of a run is kept for people.
@@ -116,6 +113,18 @@ impl Trace {
         bytes: &[u8],
         text: impl FnOnce() -> String,
     ) {
+        self.record_marked(at, vm, tag, numbers, bytes, || (tag.mark(numbers), text()));
+    }
+
+    fn record_marked(
+        &self,
+        at: Duration,
+        vm: Option<VmId>,
+        tag: Tag,
+        numbers: &[u64],
+        bytes: &[u8],
+        line: impl FnOnce() -> (Mark, String),
+    ) {
         const NUMBERS: usize = 4;
         const SHORT: usize = 78;
         let mut head = [0_u8; 8 * (NUMBERS + 2) + 2 + SHORT];
@@ -148,65 +157,46 @@ impl Trace {
             Timeline::Frames => !matches!(tag, Tag::ToGuest | Tag::ToHost | Tag::Clock),
         };
         if wanted {
-            state.lines.push(TimelineLine { at, vm, text: text() });
+            let (mark, text) = line();
+            state.lines.push(TimelineLine { at, vm, mark, text });
         }
     }
 
     /// Takes note of what the core reports.
     pub(crate) fn occurrence(&self, at: Duration, vm: VmId, occurrence: &Occurrence<'_>) {
-        let some = Some(vm);
         if let Some(tally) = &self.tally {
             tally.lock().unwrap_or_else(PoisonError::into_inner).occurrence(vm, occurrence);
         }
+        let record = |tag: Tag, numbers: &[u64], bytes: &[u8]| {
+            let line = || (Mark::of(occurrence), describe(occurrence));
+            self.record_marked(at, Some(vm), tag, numbers, bytes, line);
+        };
         match occurrence {
             Occurrence::Begun { operation, call, detail } => {
-                let name = operation.name();
-                self.record(at, some, Tag::Begun, &[*call, hash(name)], detail.as_bytes(), || {
-                    format!("{name} #{call} {detail}").trim_end().to_owned()
-                });
+                record(Tag::Begun, &[*call, hash(operation.name())], detail.as_bytes());
             }
             Occurrence::Ended { operation, call, outcome } => {
-                let name = operation.name();
-                self.record(at, some, Tag::Ended, &[*call, hash(name)], outcome.as_bytes(), || {
-                    format!("{name} #{call}: {outcome}")
-                });
+                record(Tag::Ended, &[*call, hash(operation.name())], outcome.as_bytes());
             }
             Occurrence::State { from, to } => {
-                let numbers = [hash(from.name()), hash(to.name())];
-                self.record(at, some, Tag::State, &numbers, &[], || format!("{from} -> {to}"));
+                record(Tag::State, &[hash(from.name()), hash(to.name())], &[]);
             }
             Occurrence::Frame { sent, stream, frame } => {
                 let numbers = [u64::from(*sent), u64::from(*stream), frame_kind(frame)];
-                self.record(at, some, Tag::Frame, &numbers, &[], || {
-                    let arrow = if *sent { "->" } else { "<-" };
-                    format!("{arrow} stream {stream}: {}", describe(frame))
-                });
+                record(Tag::Frame, &numbers, &[]);
             }
             Occurrence::LinkUp { resumed, failed_dials } => {
-                let numbers = [u64::from(*resumed), u64::from(*failed_dials)];
-                self.record(at, some, Tag::LinkUp, &numbers, &[], || {
-                    let session = if *resumed { "resumed" } else { "new" };
-                    format!("link up: session {session}, after {failed_dials} failed dials")
-                });
+                record(Tag::LinkUp, &[u64::from(*resumed), u64::from(*failed_dials)], &[]);
             }
-            Occurrence::LinkDown => {
-                self.record(at, some, Tag::LinkDown, &[], &[], || "link down".to_owned());
-            }
+            Occurrence::LinkDown => record(Tag::LinkDown, &[], &[]),
             Occurrence::Stream { number, port, change } => {
-                let numbers = [*number, u64::from(*port), *change as u64];
-                self.record(at, some, Tag::Stream, &numbers, &[], || {
-                    format!("stream {number} on port {port}: {change:?}")
-                });
+                record(Tag::Stream, &[*number, u64::from(*port), *change as u64], &[]);
             }
             Occurrence::Took { stage, duration } => {
                 let nanos = u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
-                self.record(at, some, Tag::Took, &[nanos, hash(stage)], &[], || {
-                    format!("{stage} took {duration:?}")
-                });
+                record(Tag::Took, &[nanos, hash(stage)], &[]);
             }
-            other => {
-                self.record(at, some, Tag::Note, &[], &[], || format!("{other:?}"));
-            }
+            _ => record(Tag::Note, &[], &[]),
         }
     }
 
@@ -246,15 +236,6 @@ fn frame_kind(frame: &Frame) -> u64 {
         Frame::Close => 13,
         #[allow(unreachable_patterns, reason = "the protocol may gain frames")]
         _ => 0,
-    }
-}
-
-fn describe(frame: &Frame) -> String {
-    match frame {
-        Frame::Data { channel, offset, bytes } => {
-            format!("Data {channel:?} {} bytes at {offset}", bytes.len())
-        }
-        other => format!("{other:?}"),
     }
 }
 

@@ -109,6 +109,12 @@ fault_kinds! {
     ClockForward = "clock_forward" in Clock,
     /// The guest's wall clock jumps back.
     ClockBack = "clock_back" in Clock,
+    /// The host cannot open, read or write a file in a directory that the guest mounts.
+    MountIo = "mount_io" in Mount,
+    /// The host's disk is full under a directory that the guest mounts.
+    MountFull = "mount_full" in Mount,
+    /// The host's disk is slow under a directory that the guest mounts.
+    MountSlow = "mount_slow" in Mount,
 }
 
 /// What a fault belongs to.
@@ -123,6 +129,7 @@ pub enum FaultScope {
     Link,
     Exec,
     File,
+    Mount,
     Pause,
     Resume,
     Snapshot,

@@ -13,6 +13,7 @@
 //! | [`container`] | the snapshot file, and chains of them |
 //! | [`image`] | guest memory and disks, as snapshots hold them |
 //! | [`observe`] | what the core reports of its work |
+//! | [`timeline`] | what was reported, as lines for people |
 //! | [`fault`] | the vocabulary of faults |
 #![forbid(unsafe_code)]
 
@@ -26,4 +27,5 @@ pub mod host_fs;
 pub mod image;
 pub mod machine;
 pub mod observe;
+pub mod timeline;
 mod vm;

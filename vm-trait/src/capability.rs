@@ -48,6 +48,14 @@ pub enum Capability {
     Inspect,
     /// Snapshots that hold only what changed since another one, and `merge_snapshot`.
     IncrementalSnapshot,
+    /// Directories of the host in the guest: [`VmConfig::mounts`](crate::VmConfig::mounts).
+    Mounts,
+    /// Limits on what each program uses: [`VmConfig::limits`](crate::VmConfig::limits).
+    Limits,
+    /// A network by way of the host's sockets: [`NetworkConfig::Tsi`](crate::NetworkConfig::Tsi).
+    NetworkTsi,
+    /// A network by way of a `passt` process: [`NetworkConfig::Passt`](crate::NetworkConfig::Passt).
+    NetworkPasst,
 }
 
 impl Capability {
@@ -71,6 +79,10 @@ impl Capability {
         Self::ConsoleFile,
         Self::Inspect,
         Self::IncrementalSnapshot,
+        Self::Mounts,
+        Self::Limits,
+        Self::NetworkTsi,
+        Self::NetworkPasst,
     ];
 
     /// Names the capability as reports do, in snake case.
@@ -95,6 +107,10 @@ impl Capability {
             Self::ConsoleFile => "console_file",
             Self::Inspect => "inspect",
             Self::IncrementalSnapshot => "incremental_snapshot",
+            Self::Mounts => "mounts",
+            Self::Limits => "limits",
+            Self::NetworkTsi => "network_tsi",
+            Self::NetworkPasst => "network_passt",
         }
     }
 }

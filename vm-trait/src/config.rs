@@ -8,6 +8,14 @@ use crate::{
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
 
+mod limits;
+mod mounts;
+mod network;
+
+pub use limits::{Limit, Resource};
+pub use mounts::MountConfig;
+pub use network::{NetworkConfig, PortForward, PortMap};
+
 /// An amount of memory or disk in mebibytes (2^20 bytes).
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
@@ -60,6 +68,13 @@ pub struct VmConfig {
     pub root: RootConfig,
     /// Disks of the host that outlive the machine; at most 16.
     pub disks: Vec<DiskConfig>,
+    /// Directories of the host that the guest sees; at most 16. Default none.
+    pub mounts: Vec<MountConfig>,
+    /// What network the guest has. Default none.
+    pub network: NetworkConfig,
+    /// What each program that is started in the guest may use, and what it starts itself; the agent's own work is not
+    /// limited. Default: what the guest's kernel gives.
+    pub limits: BTreeMap<Resource, Limit>,
     /// How many of the last console bytes are kept, 1 KiB to 16 MiB. Default 64 KiB.
     pub console_bytes: u32,
     /// A host file that the whole console is appended to, up to 64 MiB of it in one life of the machine. A host that
@@ -237,6 +252,9 @@ impl Default for VmConfig {
             kernel: KernelConfig::default(),
             root: RootConfig::default(),
             disks: Vec::new(),
+            mounts: Vec::new(),
+            network: NetworkConfig::None,
+            limits: BTreeMap::new(),
             console_bytes: 64 << 10,
             console_file: None,
             timeouts: Timeouts::default(),
@@ -258,6 +276,8 @@ impl VmConfig {
     pub const MIN_MEMORY: Mib = Mib(64);
     /// The most disks.
     pub const MAX_DISKS: usize = 16;
+    /// The most host directories.
+    pub const MAX_MOUNTS: usize = 16;
 
     /// Starts from the defaults.
     #[must_use]
@@ -299,7 +319,10 @@ impl VmConfig {
             check_host_path("root.source", Some(path))?;
         }
         check_host_path("console_file", self.console_file.as_deref())?;
-        self.validate_disks()
+        self.validate_disks()?;
+        mounts::validate(&self.mounts, &self.disks)?;
+        self.network.validate()?;
+        limits::validate(&self.limits)
     }
 
     /// Checks the configuration against what a host offers, after [`validate`](Self::validate).
@@ -333,8 +356,11 @@ impl VmConfig {
             (Capability::Kernel, self.kernel != KernelConfig::default()),
             (Capability::Root, self.root != RootConfig::default()),
             (Capability::ConsoleFile, self.console_file.is_some()),
+            (Capability::Mounts, !self.mounts.is_empty()),
+            (Capability::Limits, !self.limits.is_empty()),
         ];
-        for (capability, asked) in asked {
+        let network = self.network.capability().map(|capability| (capability, true));
+        for (capability, asked) in asked.into_iter().chain(network) {
             if asked && !capabilities.has(capability) {
                 return Err(VmErrorKind::Unsupported { what: capability.name().to_owned() });
             }
@@ -467,6 +493,27 @@ impl VmConfigBuilder {
     #[must_use]
     pub fn with_disk(mut self, disk: DiskConfig) -> Self {
         self.0.disks.push(disk);
+        self
+    }
+
+    /// Adds a directory of the host.
+    #[must_use]
+    pub fn with_mount(mut self, mount: MountConfig) -> Self {
+        self.0.mounts.push(mount);
+        self
+    }
+
+    /// Sets what network the guest has.
+    #[must_use]
+    pub fn with_network(mut self, network: NetworkConfig) -> Self {
+        self.0.network = network;
+        self
+    }
+
+    /// Sets how much of a resource each program may use.
+    #[must_use]
+    pub fn with_limit(mut self, resource: Resource, limit: Limit) -> Self {
+        self.0.limits.insert(resource, limit);
         self
     }
 
@@ -621,12 +668,36 @@ mod tests {
     }
 
     #[test]
+    fn what_a_backend_cannot_do_is_named() {
+        let config = VmConfig {
+            mounts: vec![MountConfig::new("h", "/a")],
+            limits: BTreeMap::from([(Resource::Cpu, Limit::of(1))]),
+            network: NetworkConfig::passt(),
+            ..VmConfig::default()
+        };
+        for missing in [Capability::Mounts, Capability::Limits, Capability::NetworkPasst] {
+            let expected = VmErrorKind::Unsupported { what: missing.name().to_owned() };
+            let outcome = config.validate_with(Capabilities::all().without(missing));
+            assert_eq!(format!("{outcome:?}"), format!("{:?}", Err::<(), _>(expected)));
+        }
+        let others = Capabilities::all().without(Capability::NetworkTsi);
+        assert!(config.validate_with(others).is_ok());
+        assert!(VmConfig::default().validate_with(Capabilities::default()).is_ok());
+    }
+
+    #[test]
     fn missing_fields_have_their_defaults_and_unknown_ones_are_refused() {
         let config: VmConfig = serde_json::from_str("{}").unwrap();
         assert_eq!(config, VmConfig::default());
         let config: VmConfig =
             serde_json::from_str(r#"{"disks":[{"path":"d","mount":"/d"}],"vcpus":2}"#).unwrap();
         assert_eq!((config.vcpus, config.disks[0].size), (2, Mib(64)));
+        let text = r#"{"mounts":[{"path":"d","mount":"/d"}],"limits":{"nofile":{"soft":4,"hard":9}},
+            "network":{"tsi":[{"host":8080,"guest":80}]}}"#;
+        let given: VmConfig = serde_json::from_str(text).unwrap();
+        assert_eq!(given.mounts, [MountConfig::new("d", "/d")]);
+        assert_eq!(given.limits[&Resource::Nofile], Limit { soft: Some(4), hard: Some(9) });
+        assert_eq!(given.network, NetworkConfig::tsi().with_port(8080, 80));
         assert!(serde_json::from_str::<VmConfig>(r#"{"vcpu":2}"#).is_err());
         let text = serde_json::to_string(&config).unwrap();
         assert_eq!(serde_json::from_str::<VmConfig>(&text).unwrap(), config);

@@ -316,7 +316,8 @@ pub trait VmInstance: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// [`HostIo`](crate::VmErrorKind::HostIo) and [`ResourceExhausted`](crate::VmErrorKind::ResourceExhausted); then
-    /// no file is left that could be mistaken for a snapshot.
+    /// no file is left that could be mistaken for a snapshot. [`Disconnected`](crate::VmErrorKind::Disconnected) where the
+    /// agent of a machine that ran before cannot be told the time.
     async fn snapshot(&self, options: SnapshotOptions) -> VmResult<Snapshot>;
 
     /// Puts a captured state into this machine. Allowed in Created, Stopped and Crashed; afterwards Running or
@@ -347,7 +348,8 @@ pub trait VmInstance: Send + Sync + fmt::Debug {
     /// Running and Paused; the state stays. Each child has an outcome of its own.
     ///
     /// # Errors
-    /// An error as a whole only when no child could be tried.
+    /// An error as a whole only when no child could be tried, or when this machine, which ran before, cannot go on as it
+    /// was: [`Disconnected`](crate::VmErrorKind::Disconnected) where its agent cannot be told the time.
     ///
     /// ```
     /// # use vm_sim::SimBackend;

@@ -42,8 +42,8 @@ pub mod stream;
 pub use backend::VmBackend;
 pub use capability::{Capabilities, Capability};
 pub use config::{
-    DiskConfig, HostLimits, KernelConfig, Mib, RootConfig, RootSource, Timeouts, VmConfig,
-    VmConfigBuilder,
+    DiskConfig, HostLimits, KernelConfig, Limit, Mib, MountConfig, NetworkConfig, PortForward,
+    PortMap, Resource, RootConfig, RootSource, Timeouts, VmConfig, VmConfigBuilder,
 };
 pub use error::{BootStage, ExecFailure, GuestFileError, VmError, VmErrorKind, VmResult};
 pub use event::{EventStream, VmEvent};

@@ -4,7 +4,6 @@ use super::{
     MEMORY, PAGE, STATE, disk_section,
     pieces::{self, MemoryPiece},
 };
-use crate::{files, life::host};
 use std::{
     fs::File,
     io::{self, Write},
@@ -16,6 +15,7 @@ use vm_core::{
     image::{Image, Piece},
     machine::{MachineError, Sections},
 };
+use vm_launcher::{files, life::host};
 
 /// How much of an image is copied in one go.
 const STEP: u64 = 1 << 20;

@@ -373,7 +373,7 @@ impl Machine {
     pub(super) fn stats(&self) -> Stats {
         Stats {
             vcpu_time_ns: u64::try_from(self.vcpus.cpu_time().as_nanos()).unwrap_or(u64::MAX),
-            vm_exits: self.vcpus.exits(),
+            vm_exits: Some(self.vcpus.exits()),
             guest_resident_bytes: memory::resident_bytes(&self.memory.memory),
         }
     }

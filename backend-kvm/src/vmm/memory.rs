@@ -253,6 +253,11 @@ impl<'a> FileAt<'a> {
         Self { file, len, offset: 0 }
     }
 
+    /// Where to read next, unless that is behind the end.
+    fn place(&self) -> Option<libc::off_t> {
+        libc::off_t::try_from(self.offset).ok().filter(|_| self.offset < self.len)
+    }
+
     /// Tells how long the file was.
     pub(super) fn len(&self) -> u64 {
         self.len
@@ -264,8 +269,8 @@ impl ReadVolatile for FileAt<'_> {
         &mut self,
         buf: &mut VolatileSlice<'_, B>,
     ) -> Result<usize, VolatileMemoryError> {
-        let offset = libc::off_t::try_from(self.offset)
-            .map_err(|error| VolatileMemoryError::IOError(io::Error::other(error)))?;
+        // Also where a kernel's header names a place that no file can have.
+        let Some(offset) = self.place() else { return Ok(0) };
         let guard = buf.ptr_guard_mut();
         // One that fails may have written something too.
         buf.bitmap().mark_dirty(0, buf.len());
@@ -281,7 +286,8 @@ impl ReadVolatile for FileAt<'_> {
 
 impl Read for FileAt<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let read = rustix::io::pread(self.file, buf, self.offset)?;
+        let Some(offset) = self.place() else { return Ok(0) };
+        let read = rustix::io::pread(self.file, buf, offset.unsigned_abs())?;
         self.offset += read as u64;
         Ok(read)
     }
@@ -312,6 +318,19 @@ mod tests {
             ranges(5 << 30),
             [(GuestAddress(0), 3 << 30), (GuestAddress(ABOVE_HOLE), 2 << 30)]
         );
+    }
+
+    #[test]
+    fn behind_the_end_of_a_file_there_is_nothing() {
+        let file = pages_of(1);
+        for offset in [8192, 8193, 1 << 63, u64::MAX] {
+            let mut reader = FileAt::new(&file, 8192);
+            reader.seek(SeekFrom::Start(offset)).unwrap();
+            assert_eq!(reader.read(&mut [0; 9]).unwrap(), 0);
+            let memory = map(64).unwrap();
+            let mut slice = memory.get_slice(GuestAddress(0), 9).unwrap();
+            assert_eq!(reader.read_volatile(&mut slice).unwrap(), 0);
+        }
     }
 
     #[test]

@@ -2,25 +2,7 @@
 
 use crate::control::Refusal;
 use std::io;
-
-/// Says that a field of the set-up cannot be had.
-pub(super) fn config(field: &str, reason: impl Into<String>) -> Refusal {
-    Refusal::Config { field: field.to_owned(), reason: reason.into() }
-}
-
-/// Says that a system call or KVM failed at `what`, and tells a host that ran out of something apart.
-pub(super) fn failed(what: &str, error: impl Into<io::Error>) -> Refusal {
-    let error = error.into();
-    match error.raw_os_error() {
-        Some(libc::ENOMEM) => Refusal::Exhausted(format!("memory ({what})")),
-        Some(libc::EMFILE | libc::ENFILE) => {
-            Refusal::Exhausted(format!("file descriptors ({what})"))
-        }
-        Some(libc::EAGAIN) => Refusal::Exhausted(format!("threads or locked memory ({what})")),
-        Some(libc::ENOSPC) => Refusal::Exhausted(format!("space ({what})")),
-        _ => Refusal::Failed(format!("{what}: {error}")),
-    }
-}
+pub(super) use vm_launcher::inside::refuse::{config, failed};
 
 /// As [`failed`], for what KVM answers.
 pub(super) fn kvm_failed(what: &str) -> impl Fn(kvm_ioctls::Error) -> Refusal + '_ {

@@ -101,14 +101,14 @@ pub struct KvmMeasured {
 }
 
 #[derive(Default)]
-struct Samples(BTreeMap<&'static str, Vec<f64>>);
+pub(super) struct Samples(BTreeMap<&'static str, Vec<f64>>);
 
 impl Samples {
-    fn add(&mut self, what: &'static str, value: f64) {
+    pub(super) fn add(&mut self, what: &'static str, value: f64) {
         self.0.entry(what).or_default().push(value);
     }
 
-    fn median(&self, what: &str) -> Option<f64> {
+    pub(super) fn median(&self, what: &str) -> Option<f64> {
         let mut values = self.0.get(what)?.clone();
         values.sort_by(f64::total_cmp);
         values.get(values.len() / 2).copied()
@@ -431,7 +431,7 @@ fn guest_kib(config: &VmConfig) -> u64 {
 }
 
 /// Sums up a process's resident memory without the mapping that is the guest's, in KiB.
-fn resident_beside_guest(pid: u32, guest_kib: u64) -> Option<f64> {
+pub(super) fn resident_beside_guest(pid: u32, guest_kib: u64) -> Option<f64> {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?;
     let (all, of_guest) = sums_of(&text, &["Rss:"], guest_kib)?;
     Some(all - of_guest)
@@ -509,7 +509,7 @@ impl Held {
     }
 }
 
-fn millis(time: Duration) -> f64 {
+pub(super) fn millis(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
 }
 

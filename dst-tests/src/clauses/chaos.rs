@@ -125,7 +125,9 @@ fn possible(operation: Operation, kind: &VmErrorKind) -> bool {
             matches!(operation, O::Snapshot | O::Restore | O::Fork | O::Start)
         }
         VmErrorKind::Disconnected => {
-            operation.needs_guest() || matches!(operation, O::Resume | O::Connect | O::Listen)
+            // A machine that goes on is told the time, after a capture too.
+            operation.needs_guest()
+                || matches!(operation, O::Resume | O::Snapshot | O::Fork | O::Connect | O::Listen)
         }
         VmErrorKind::ConnectRefused { .. } => operation == O::Connect,
         VmErrorKind::PortInUse { .. } => operation == O::Listen,

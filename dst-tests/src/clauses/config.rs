@@ -1,6 +1,9 @@
 //! Configurations: what is refused, what is accepted, and what the guest sees of it.
 
-use super::probe::{Stage, disk, made, order, sh, works};
+use super::{
+    probe::{Stage, disk, made, order, sh, started, works},
+    streams::{payload, same_bytes},
+};
 use crate::{
     clause,
     clause::{Broken, Clause, Verdict},
@@ -35,6 +38,10 @@ pub(super) const CLAUSES: &[Clause] = &[
         "every disk is mounted where the configuration says", [Exec, Files, Disks], faults: []),
     clause!(missing_disk, "config.missing_read_only_disk",
         "a read-only disk whose file is missing is refused, at create or at start", [Disks], faults: []),
+    clause!(vcpus_seen, "config.vcpus_are_seen",
+        "the guest has as many processors as the configuration says", [Exec, GuestKernel], faults: []),
+    clause!(least_memory, "config.least_memory_boots",
+        "a machine of the least memory boots and works", [Exec, Files], faults: []),
     clause!(exhausted, "config.exhausted_host",
         "a host without room refuses another machine with ResourceExhausted, and accepts it later",
         [Exec], faults: [CreateExhausted]),
@@ -47,6 +54,24 @@ async fn defaults(ctx: &Context) -> Verdict {
     vm.start().await?;
     ensure_eq!(vm.state(), VmState::Running, "its state after start");
     Ok(())
+}
+
+async fn vcpus_seen(ctx: &Context) -> Verdict {
+    let most = ctx.backend().limits().max_vcpus.min(8);
+    let vcpus = u8::try_from(ctx.draw(1, u64::from(most))).unwrap_or(1);
+    let vm = started(ctx, |config| config.vcpus = vcpus).await?;
+    let counted = sh(&vm, "nproc").await?;
+    ensure_eq!(counted, vcpus.to_string(), "the processors that the guest counts");
+    Ok(())
+}
+
+async fn least_memory(ctx: &Context) -> Verdict {
+    let vm = started(ctx, |config| config.memory = VmConfig::MIN_MEMORY).await?;
+    works(ctx, &vm, "with the least memory").await?;
+    let path = format!("{}/file", ctx.scratch(&*vm));
+    let bytes = payload(ctx, 1 << 20);
+    vm.write(&path, bytes.clone()).await?;
+    same_bytes(&vm.read_file(&path).await?, &bytes, "a file in a machine of the least memory")
 }
 
 /// Spoils a drawn field; gives its name.

@@ -54,6 +54,9 @@ pub fn possible() -> Vec<Cell> {
     // A disk fails, fills or is slow with contents, not with names.
     add(&[O::ReadFile, O::WriteFile].map(Some), &["running"], &[Some(F::GuestIo), Some(F::SlowIo)]);
     add(&some(O::WriteFile), &["running"], &[Some(F::GuestDiskFull)]);
+    let of_mounts = [Some(F::MountIo), Some(F::MountSlow)];
+    add(&[O::ReadFile, O::WriteFile].map(Some), &["running"], &of_mounts);
+    add(&some(O::WriteFile), &["running"], &[Some(F::MountFull)]);
     add(&some(O::Pause), &["running"], &of(S::Pause));
     add(&capture, &["running"], &of(S::Pause));
     add(&some(O::Resume), &["paused"], &of(S::Resume));

@@ -1,11 +1,11 @@
 //! The real guest agent as a process of this host.
 
 use super::{
-    Detail, RunReport, Target,
-    recorder::Recorder,
+    Detail, Run, RunReport, Target,
+    recorder::Records,
     tokio::{Opened, run_in_real_time},
 };
-use crate::{clause::Clause, runner::cores, session::Limits};
+use crate::{clause::Clause, history::Assignment, runner::cores, session::Limits};
 use std::{
     collections::BTreeMap,
     fs,
@@ -21,7 +21,6 @@ use vm_core::{
     fault::{FaultControl, FaultKind, FaultOrder, FaultRefused},
     host_fs::StdFs,
     machine::Hypervisor,
-    observe::{NoObserver, Observer},
 };
 use vm_trait::{Capabilities, VmId};
 
@@ -88,38 +87,41 @@ impl Target for ProcessTarget {
     }
 
     fn run(&self, clause: &'static Clause, seed: u64, detail: Detail) -> RunReport {
-        let lines: Arc<Mutex<Vec<String>>> = Arc::default();
-        let timeline = (detail == Detail::Timeline).then(|| lines.clone());
-        let mut report =
-            run_in_real_time((clause, seed), Limits::REAL, |env| async { open(env, timeline) });
-        report.timeline = std::mem::take(&mut lines.lock().unwrap_or_else(PoisonError::into_inner));
-        report
+        run(Run::of(clause, seed), detail)
+    }
+
+    fn carry_out(&self, assignment: &Arc<Assignment>, detail: Detail) -> RunReport {
+        run(Run::of_script(assignment), detail)
     }
 }
 
-fn open(env: Arc<dyn Env>, timeline: Option<Arc<Mutex<Vec<String>>>>) -> Result<Opened, String> {
+fn run(run: Run, detail: Detail) -> RunReport {
+    let records = Records::new(detail);
+    let opened = records.clone();
+    let mut report = run_in_real_time(run, Limits::REAL, |env| async move { open(env, &opened) });
+    report.timeline = records.take();
+    report
+}
+
+fn open(env: Arc<dyn Env>, records: &Records) -> Result<Opened, String> {
     let base = base_directory().map_err(|error| format!("no directory for the run: {error}"))?;
     let host = tempfile::tempdir().map_err(|error| format!("no directory for the run: {error}"))?;
     let hypervisor = AgentProgram::find()
         .and_then(|agent| ProcessHypervisor::with_base(agent, base.path()))
         .map_err(|error| error.to_string())?;
     let hypervisor = Arc::new(hypervisor);
-    let observer: Arc<dyn Observer> = match timeline {
-        Some(lines) => Arc::new(Recorder::new(env.clone(), lines)),
-        None => Arc::new(NoObserver),
-    };
     let core = CoreBackend::new(CoreParts {
         hypervisor: hypervisor.clone(),
         env: env.clone(),
         fs: Arc::new(StdFs),
         snapshots: base.path().join("snapshots"),
-        observer,
+        observer: records.observer(&env),
     });
     let faults = ProcessFaults { hypervisor: hypervisor.clone(), env, state: Arc::default() };
     Ok(Opened {
         backend: Arc::new(core),
         scratch: Arc::new(move |vm| hypervisor.scratch_dir(vm.id()).display().to_string()),
-        faults: Some(Arc::new(faults)),
+        faults: Some(records.faults(Arc::new(faults))),
         host_dir: host.path().to_owned(),
         // It owns the directories, which are so removed once the run is over.
         leftovers: Arc::new(move || {

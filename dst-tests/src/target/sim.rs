@@ -1,14 +1,15 @@
 //! The simulated backend.
 
-use super::{Detail, RunReport, Target};
+use super::{Detail, Run, RunReport, Target};
 use crate::{
     clause::Clause,
     context::Setup,
     environment::Environment,
+    history::Assignment,
     panics::PanicSink,
-    session::{Limits, judge, keep},
+    session::{Kept, Limits, judge, keep},
 };
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 use vm_core::{fault::FaultKind, host_fs::HostFs};
 use vm_sim::{Coverage, FaultPlan, SimBackend, Timeline, fault};
 use vm_trait::{Capabilities, VmBackend};
@@ -17,11 +18,14 @@ use vm_trait::{Capabilities, VmBackend};
 ///
 /// Runs with odd seeds have background faults that no promise may be affected by; runs with even seeds have only
 /// those that a clause asks for.
-#[derive(Debug)]
 pub struct SimTarget {
     environment: Environment,
     capabilities: Result<Capabilities, String>,
+    through: Option<Arc<Through>>,
 }
+
+/// Puts something between a check and the backend.
+pub type Through = dyn Fn(Arc<dyn VmBackend>) -> Arc<dyn VmBackend> + Send + Sync;
 
 impl SimTarget {
     /// Simulates in `environment`.
@@ -31,7 +35,17 @@ impl SimTarget {
             let built = SimBackend::builder().build();
             built.map(|backend| backend.capabilities()).map_err(|error| error.to_string())
         });
-        Self { environment, capabilities: capabilities.and_then(|built| built) }
+        Self { environment, capabilities: capabilities.and_then(|built| built), through: None }
+    }
+
+    /// Puts something between the checks and the backend: to plant a defect that a suite must find.
+    #[must_use]
+    pub fn seen_through(
+        mut self,
+        through: impl Fn(Arc<dyn VmBackend>) -> Arc<dyn VmBackend> + Send + Sync + 'static,
+    ) -> Self {
+        self.through = Some(Arc::new(through));
+        self
     }
 }
 
@@ -79,7 +93,11 @@ impl Target for SimTarget {
     }
 
     fn run(&self, clause: &'static Clause, seed: u64, detail: Detail) -> RunReport {
-        self.simulate((clause, seed), detail, false).0
+        self.simulate(Run::of(clause, seed), detail, false).0
+    }
+
+    fn carry_out(&self, assignment: &Arc<Assignment>, detail: Detail) -> RunReport {
+        self.simulate(Run::of_script(assignment), detail, false).0
     }
 }
 
@@ -87,20 +105,16 @@ impl SimTarget {
     /// Runs one clause once, and counts what happened.
     #[must_use]
     pub fn run_counted(&self, clause: &'static Clause, seed: u64) -> (RunReport, Coverage) {
-        self.simulate((clause, seed), Detail::Fingerprint, true)
+        self.simulate(Run::of(clause, seed), Detail::Fingerprint, true)
     }
 
-    fn simulate(
-        &self,
-        (clause, seed): (&'static Clause, u64),
-        detail: Detail,
-        counted: bool,
-    ) -> (RunReport, Coverage) {
+    fn simulate(&self, run: Run, detail: Detail, counted: bool) -> (RunReport, Coverage) {
         let sink = PanicSink::default();
         let guard = sink.join();
         let environment = self.environment;
+        let (seed, through) = (run.seed, self.through.clone());
         let run =
-            environment.run(seed, move || simulate(environment, (clause, seed), detail, counted));
+            environment.run(seed, move || simulate(environment, run, (detail, counted), through));
         drop(guard);
         let (verdict, mut report, coverage) = match run.and_then(|built| built) {
             Ok((broken, report, coverage)) => (Ok(broken), report, coverage),
@@ -111,20 +125,29 @@ impl SimTarget {
     }
 }
 
+impl fmt::Debug for SimTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SimTarget").field("environment", &self.environment).finish_non_exhaustive()
+    }
+}
+
 async fn simulate(
     environment: Environment,
-    (clause, seed): (&'static Clause, u64),
-    detail: Detail,
-    counted: bool,
+    run: Run,
+    (detail, counted): (Detail, bool),
+    through: Option<Arc<Through>>,
 ) -> Result<(Option<String>, RunReport, Coverage), String> {
+    let (clause, seed) = (run.clause, run.seed);
     let faults = match seed % 2 {
         0 => FaultPlan::none(),
         _ if clause.undisturbed => FaultPlan::none(),
         _ => FaultPlan::benign_swarm(seed),
     };
     let timeline = match detail {
-        Detail::Fingerprint => Timeline::Off,
+        // The same seed does the same again: what is wanted can be written down then.
+        Detail::Fingerprint | Detail::Record => Timeline::Off,
         Detail::Timeline => Timeline::Events,
+        Detail::Frames => Timeline::Frames,
     };
     let backend = SimBackend::builder()
         .seed(seed)
@@ -146,15 +169,19 @@ async fn simulate(
         warm: None,
         template: None,
         leftovers: Arc::new(move || host.ledger().leftovers()),
-        backend: Arc::new(backend.clone()),
+        backend: match through {
+            Some(through) => through(Arc::new(backend.clone())),
+            None => Arc::new(backend.clone()),
+        },
     };
     let sleep = |duration| environment.sleep(duration);
-    let broken = keep(setup, (clause, seed), Limits::SIMULATED, sleep).await;
+    let Kept { broken, faults_ordered } = keep(setup, run, Limits::SIMULATED, sleep).await;
     let report = RunReport {
-        broken: None,
+        faults_ordered,
         faults_fired: backend.fault_control().fired(),
         fingerprint: Some(backend.fingerprint()),
-        timeline: backend.timeline().iter().map(ToString::to_string).collect(),
+        timeline: backend.timeline(),
+        ..RunReport::default()
     };
     Ok((broken, report, backend.coverage()))
 }

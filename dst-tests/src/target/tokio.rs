@@ -1,14 +1,15 @@
 //! Backends on tokio and real time.
 
-use super::{Detail, RunReport, Target};
+use super::{Detail, Run, RunReport, Target};
 use crate::{
     clause::Clause,
     context::{Scratch, Setup},
+    history::Assignment,
     panics::{PanicSink, caught},
-    session::{Limits, judge, keep},
+    session::{Kept, Limits, judge, keep},
 };
 use futures_core::future::BoxFuture;
-use std::{fmt, future::Future, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, fmt, future::Future, path::PathBuf, sync::Arc, time::Duration};
 use tokio::runtime::{self, Runtime};
 use vm_core::{
     env::{Env, TokioEnv},
@@ -145,7 +146,7 @@ impl TokioTarget {
 
 /// Runs a clause on a backend that `open` makes, in a runtime of its own and real time.
 pub(super) fn run_in_real_time<B>(
-    run: (&'static Clause, u64),
+    run: Run,
     limits: Limits,
     open: impl FnOnce(Arc<dyn Env>) -> B,
 ) -> RunReport
@@ -161,7 +162,7 @@ where
 
 /// As [`run_in_real_time`], for what is more than an [`Opened`], and with the panics of other threads in `sink`.
 pub(super) fn run_setup<B>(
-    (clause, seed): (&'static Clause, u64),
+    run: Run,
     limits: Limits,
     sink: &PanicSink,
     open: impl FnOnce(Arc<dyn Env>) -> B,
@@ -175,8 +176,8 @@ where
         let end = runtime.block_on(async {
             let setup = open(real_env()).await?;
             let faults = setup.faults.clone();
-            let broken = keep(setup, (clause, seed), limits, tokio::time::sleep).await;
-            Ok((broken, faults))
+            let kept = keep(setup, run, limits, tokio::time::sleep).await;
+            Ok((kept, faults))
         });
         // Tasks that a backend leaves running must not keep the run from ending.
         runtime.shutdown_timeout(Duration::from_secs(5));
@@ -184,12 +185,13 @@ where
     };
     let end = caught(work).and_then(|end| end);
     drop(guard);
-    let (verdict, faults) = match end {
-        Ok((broken, faults)) => (Ok(broken), faults),
-        Err(text) => (Err(text), None),
+    let (verdict, faults_ordered, faults) = match end {
+        Ok((Kept { broken, faults_ordered }, faults)) => (Ok(broken), faults_ordered, faults),
+        Err(text) => (Err(text), BTreeMap::new(), None),
     };
     RunReport {
         broken: judge(verdict, sink),
+        faults_ordered,
         faults_fired: faults.map(|faults| faults.fired()).unwrap_or_default(),
         ..RunReport::default()
     }
@@ -248,7 +250,11 @@ impl Target for TokioTarget {
     }
 
     fn run(&self, clause: &'static Clause, seed: u64, _detail: Detail) -> RunReport {
-        run_in_real_time((clause, seed), self.limits, |_| (self.factory)())
+        run_in_real_time(Run::of(clause, seed), self.limits, |_| (self.factory)())
+    }
+
+    fn carry_out(&self, assignment: &Arc<Assignment>, _detail: Detail) -> RunReport {
+        run_in_real_time(Run::of_script(assignment), self.limits, |_| (self.factory)())
     }
 }
 

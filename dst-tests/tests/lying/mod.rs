@@ -7,10 +7,10 @@ use third_party_backend::MemoryBackend;
 use vm_trait::{
     Capabilities, Capability, CreateDirOptions, DirEntry, EventStream, ExecOutput, ExecRequest,
     ExecStatus, FileKind, FileStat, ForkOptions, GuestListener, GuestListenerHandle, GuestProcess,
-    GuestStream, HostLimits, Inspection, KernelConfig, Mib, Operation, OutputOffsets, ProcessId,
-    ProcessInfo, RemoveOptions, RestoreOptions, RootConfig, Snapshot, SnapshotId, SnapshotMetadata,
-    SnapshotOptions, StopOptions, VmBackend, VmConfig, VmError, VmErrorKind, VmExit, VmId,
-    VmInstance, VmMetrics, VmResult, VmState, WriteOptions,
+    GuestStream, HostLimits, Inspection, KernelConfig, Mib, NetworkConfig, Operation,
+    OutputOffsets, ProcessId, ProcessInfo, RemoveOptions, RestoreOptions, RootConfig, Snapshot,
+    SnapshotId, SnapshotMetadata, SnapshotOptions, StopOptions, VmBackend, VmConfig, VmError,
+    VmErrorKind, VmExit, VmId, VmInstance, VmMetrics, VmResult, VmState, WriteOptions,
 };
 
 /// Makes the backend.
@@ -93,6 +93,11 @@ impl VmBackend for Liar {
             Some(Capability::Kernel) => config.kernel = KernelConfig::default(),
             Some(Capability::Root) => config.root = RootConfig::default(),
             Some(Capability::ConsoleFile) => config.console_file = None,
+            Some(Capability::Mounts) => config.mounts.clear(),
+            Some(Capability::Limits) => config.limits.clear(),
+            Some(lie) if config.network.capability() == Some(lie) => {
+                config.network = NetworkConfig::None;
+            }
             _ => {}
         }
         let inner = self.inner.create(config).await?;

@@ -7,7 +7,7 @@
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
-use vm_guest_protocol::{EntryKind, StatEntry, TermSize};
+use vm_guest_protocol::{EntryKind, ResourceLimit, StatEntry, TermSize};
 
 /// A Linux error number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -77,6 +77,8 @@ pub struct SpawnSpec {
     pub tty: Option<TermSize>,
     /// Whether standard input is a pipe; else it is `/dev/null`.
     pub stdin: bool,
+    /// What it may use, set before it becomes another user; the rest is as the agent has it.
+    pub limits: Vec<ResourceLimit>,
 }
 
 /// A program that was started, as leader of a session and process group of its own.

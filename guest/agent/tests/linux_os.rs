@@ -4,6 +4,7 @@
 
 use proptest::prelude::*;
 use std::{
+    fs,
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::Path,
     thread,
@@ -13,7 +14,7 @@ use vm_guest_agent::{
     linux::{LinuxOs, Scope, proc_table, remove_tree},
     os::{Child, ChildExit, Errno, GuestOs, Output, ReadOutcome, SpawnSpec, Spawned},
 };
-use vm_guest_protocol::{EntryKind, TermSize};
+use vm_guest_protocol::{EntryKind, ResourceLimit, TermSize};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -26,6 +27,7 @@ fn sh(script: &str) -> SpawnSpec {
         ids: None,
         tty: None,
         stdin: false,
+        limits: Vec::new(),
     }
 }
 
@@ -175,8 +177,8 @@ fn exec_errors_are_told_as_such() {
     let dir = tempfile::tempdir().unwrap();
     let file = |name: &str, content: &str, mode: u32| {
         let path = dir.path().join(name);
-        std::fs::write(&path, content).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+        fs::write(&path, content).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
         text(&path).to_owned()
     };
     let mut os = os();
@@ -201,7 +203,7 @@ fn exec_errors_are_told_as_such() {
 fn a_program_starts_with_clean_signals_descriptors_and_session() {
     let script = "grep -E '^Sig(Blk|Ign):' /proc/self/status; ls /proc/$$/fd; umask; \
                   cut -d' ' -f1,5,6 /proc/$$/stat";
-    let leak = std::fs::File::open("/dev/null").unwrap();
+    let leak = fs::File::open("/dev/null").unwrap();
     rustix::io::fcntl_setfd(&leak, rustix::io::FdFlags::empty()).unwrap();
     let mut os = os();
     let spawned = os.spawn(&sh(script)).unwrap();
@@ -339,7 +341,7 @@ fn directories_links_and_errors_are_told() {
     os.mkdir(&at("dir"), 0o777).unwrap();
     assert_eq!(os.stat(&at("dir")).unwrap().mode, 0o777, "no umask applies");
     assert_eq!(os.mkdir(&at("dir"), 0o700), Err(Errno::EXIST));
-    std::fs::write(at("dir/file"), "x").unwrap();
+    fs::write(at("dir/file"), "x").unwrap();
     std::os::unix::fs::symlink("dir/file", at("link")).unwrap();
     rustix::fs::mkfifoat(rustix::fs::CWD, at("fifo"), rustix::fs::Mode::RUSR).unwrap();
     let mut listing = os.read_dir(text(dir.path())).unwrap();
@@ -355,7 +357,7 @@ fn directories_links_and_errors_are_told() {
     );
     assert_eq!(os.lstat(&at("link")).unwrap().kind, EntryKind::Symlink);
     let stat = os.stat(&at("link")).unwrap();
-    let real = std::fs::metadata(at("dir/file")).unwrap();
+    let real = fs::metadata(at("dir/file")).unwrap();
     assert_eq!((stat.kind, stat.size, stat.uid), (EntryKind::File, 1, real.uid()));
     let nanos = u64::try_from(real.mtime() * 1_000_000_000 + real.mtime_nsec()).unwrap();
     assert_eq!(stat.modified_ns, nanos);
@@ -382,15 +384,85 @@ fn directories_links_and_errors_are_told() {
 fn a_tree_is_removed_whatever_stands_in_it() {
     let dir = tempfile::tempdir().unwrap();
     let outside = dir.path().join("outside");
-    std::fs::write(&outside, "stays").unwrap();
+    fs::write(&outside, "stays").unwrap();
     let root = dir.path().join("root");
-    std::fs::create_dir_all(root.join("a/b/c")).unwrap();
+    fs::create_dir_all(root.join("a/b/c")).unwrap();
     std::os::unix::fs::symlink(&outside, root.join("a/link")).unwrap();
     for path in ["a/b/c", "a/b", "a"] {
-        let none = std::fs::Permissions::from_mode(0o0);
-        std::fs::set_permissions(root.join(path), none).unwrap();
+        let none = fs::Permissions::from_mode(0o0);
+        fs::set_permissions(root.join(path), none).unwrap();
     }
     remove_tree(&root).unwrap();
     assert!(!root.exists() && outside.exists());
     remove_tree(&root).unwrap();
+}
+
+#[test]
+fn limits_are_those_of_the_program_and_not_of_the_agent() {
+    let own = || fs::read_to_string("/proc/self/limits").unwrap();
+    let before = own();
+    let mut os = os();
+    let limit = |resource, soft, hard| ResourceLimit { resource, soft, hard };
+    let limits = vec![limit(1, 4096, 8192), limit(4, 0, 0), limit(7, 17, 23)];
+    let spec =
+        SpawnSpec { limits, ..sh("ulimit -n; ulimit -Hn; ulimit -c; exec cat /proc/self/limits") };
+    let (stdout, _, exit) = finish(&mut os, &spec);
+    assert_eq!(exit, ChildExit::Exited(0));
+    let shown = String::from_utf8(stdout).unwrap();
+    assert!(shown.starts_with("17\n23\n0\n"), "{shown}");
+    let row = |name: &str| -> Vec<String> {
+        let row = shown.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        row.split_whitespace().take(2).map(str::to_owned).collect()
+    };
+    assert_eq!(row("Max file size"), ["4096", "8192"]);
+    assert_eq!(row("Max open files"), ["17", "23"]);
+    assert_eq!(own(), before);
+}
+
+#[test]
+fn each_of_the_sixteen_limits_is_set() {
+    const AMOUNTS: [u64; 16] = [
+        9_000,
+        1 << 20,
+        1 << 30,
+        1 << 20,
+        11,
+        1 << 30,
+        3_000,
+        64,
+        12 << 10,
+        1 << 40,
+        13,
+        14,
+        15,
+        0,
+        0,
+        1 << 40,
+    ];
+    let limits = (0..).zip(AMOUNTS).map(|(resource, amount)| ResourceLimit {
+        resource,
+        soft: amount,
+        hard: amount,
+    });
+    let spec = SpawnSpec { limits: limits.collect(), ..sh("exec cat /proc/self/limits") };
+    let (stdout, _, _) = finish(&mut os(), &spec);
+    let table = String::from_utf8(stdout).unwrap();
+    // Words of the name, soft, hard and unit; the first row is the heading.
+    for (row, amount) in table.lines().skip(1).zip(AMOUNTS) {
+        let shown: Vec<&str> = row[25..].split_whitespace().take(2).collect();
+        assert_eq!(shown, [amount.to_string(), amount.to_string()], "{row}");
+    }
+    assert_eq!(table.lines().count(), 17);
+}
+
+#[test]
+fn a_file_that_grows_beyond_its_limit_ends_the_program() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    let mut os = os();
+    let limits = vec![ResourceLimit { resource: 1, soft: 5000, hard: 5000 }];
+    let script = format!("exec head -c 9000 /dev/zero > {}", text(&file));
+    let (_, _, exit) = finish(&mut os, &SpawnSpec { limits, ..sh(&script) });
+    assert_eq!(exit, ChildExit::Signaled(25));
+    assert_eq!(fs::metadata(&file).unwrap().len(), 5000);
 }

@@ -41,11 +41,13 @@ pub enum Need {
     Erofs,
     /// A writable layer over a file system that is not written to.
     Overlay,
+    /// Directories of the host.
+    Shares,
 }
 
 impl Need {
     /// All of them, in the order in which they are loaded.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Vsock,
         Self::Block,
         Self::Entropy,
@@ -53,6 +55,7 @@ impl Need {
         Self::Squashfs,
         Self::Erofs,
         Self::Overlay,
+        Self::Shares,
     ];
 
     /// The modules that provide it, dependencies apart.
@@ -65,6 +68,7 @@ impl Need {
             Self::Squashfs => &["squashfs"],
             Self::Erofs => &["erofs"],
             Self::Overlay => &["overlay"],
+            Self::Shares => &["virtio_mmio", "fuse", "virtiofs"],
         }
     }
 

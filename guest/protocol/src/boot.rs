@@ -21,6 +21,8 @@ pub struct BootConfig {
     pub root: BootRoot,
     /// Disks to mount.
     pub disks: Vec<BootDisk>,
+    /// Host directories to mount.
+    pub shares: Vec<BootShare>,
 }
 
 /// What becomes a guest's root.
@@ -55,6 +57,28 @@ pub struct BootDisk {
     pub mount: String,
     /// Whether it is mounted for reading only.
     pub read_only: bool,
+}
+
+/// A directory of the host to mount, over virtiofs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootShare {
+    /// The device's tag.
+    pub tag: String,
+    /// Where: an absolute path, made if nothing is there.
+    pub mount: String,
+    /// Whether it is mounted for reading only. It is the host that sees to it that nothing is written.
+    pub read_only: bool,
+}
+
+impl BootShare {
+    /// The most bytes of a tag.
+    pub const MAX_TAG: usize = 36;
+
+    /// Gives the tag of the host directory that is the `index`th of a machine.
+    #[must_use]
+    pub fn tag_of(index: usize) -> String {
+        format!("share-{index}")
+    }
 }
 
 /// How far the first process of a machine has come.
@@ -103,6 +127,7 @@ mod tests {
             disk in any::<Option<String>>(),
             read_only: bool,
             disks in vec((".{0,20}", "/[a-z/]{0,20}", any::<bool>()), 0..4),
+            shares in vec((".{0,36}", "/[a-z/]{0,20}", any::<bool>()), 0..4),
         ) -> BootConfig {
             let root = match disk {
                 Some(serial) => BootRoot::Disk { serial, read_only },
@@ -112,7 +137,11 @@ mod tests {
                 .into_iter()
                 .map(|(serial, mount, read_only)| BootDisk { serial, mount, read_only })
                 .collect();
-            BootConfig { hostname, modules, root, disks }
+            let shares = shares
+                .into_iter()
+                .map(|(tag, mount, read_only)| BootShare { tag, mount, read_only })
+                .collect();
+            BootConfig { hostname, modules, root, disks, shares }
         }
     }
 

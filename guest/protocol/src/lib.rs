@@ -69,11 +69,11 @@ pub mod message;
 pub use frame::{Channel, DecodeError, Decoder, Frame, StreamId, encode, encode_data, fits};
 pub use message::{
     EntryKind, ExecSpec, GuestError, GuestErrorKind, Hello, ListedDir, ProcessEntry, ProcessExit,
-    Refusal, Reply, Request, Started, StatEntry, TermSize, UserSpec, Welcome,
+    Refusal, Reply, Request, ResourceLimit, Started, StatEntry, TermSize, UserSpec, Welcome,
 };
 
 /// The version that this crate speaks. Both sides must speak the same.
-pub const PROTOCOL_VERSION: u16 = 2;
+pub const PROTOCOL_VERSION: u16 = 3;
 
 /// The vsock port on which the agent listens.
 pub const AGENT_PORT: u32 = 1024;
@@ -89,6 +89,9 @@ pub const DEFAULT_WINDOW: u32 = 256 << 10;
 
 /// The most arguments, variables, streams or processes that one frame lists.
 pub const MAX_LIST: usize = 128 << 10;
+
+/// How many resources there are to limit.
+pub const MAX_LIMITS: usize = 16;
 
 /// The most names of a [`ListedDir`].
 pub const MAX_ENTRIES: usize = 1 << 20;

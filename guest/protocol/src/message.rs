@@ -1,6 +1,6 @@
 //! What the frames say.
 
-use crate::{MAX_ENTRIES, MAX_LIST, bounded};
+use crate::{MAX_ENTRIES, MAX_LIMITS, MAX_LIST, bounded};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
@@ -166,9 +166,28 @@ pub struct ExecSpec {
     pub timeout_ns: Option<u64>,
     /// Whether the host will send standard input; else the program reads end-of-file at once.
     pub stdin: bool,
+    /// What it may use, each resource once.
+    #[serde(deserialize_with = "bounded::list::<MAX_LIMITS, _, _>")]
+    pub limits: Vec<ResourceLimit>,
     /// Whether the host waits for output and end alone: where it sends no input, `Started` may then come up to 50 ms
     /// late, so that all that a short program has to say is one message.
     pub lazy_start: bool,
+}
+
+/// How much of a resource a program may use, as setrlimit(2) has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResourceLimit {
+    /// The number that Linux has for the resource, below [`MAX_LIMITS`].
+    pub resource: u8,
+    /// What is enforced.
+    pub soft: u64,
+    /// What `soft` may be raised to.
+    pub hard: u64,
+}
+
+impl ResourceLimit {
+    /// The amount that means no limit (`RLIM_INFINITY`).
+    pub const NONE: u64 = u64::MAX;
 }
 
 /// A user of the guest.

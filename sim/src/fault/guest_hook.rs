@@ -13,8 +13,8 @@ use vm_trait::VmId;
 /// The agent, whose calls carry out what the host asks for.
 const AGENT: u32 = 1;
 
-/// Brings the faults of the scopes Exec and File into a guest's system calls. Only what the agent does for the host is
-/// an occasion; what programs do by themselves is not.
+/// Brings the faults of the scopes Exec, File and Mount into a guest's system calls. Of Exec and File, only what the
+/// agent does for the host is an occasion; what programs do by themselves is not.
 pub(crate) struct GuestHook {
     world: Arc<World>,
     vm: VmId,
@@ -57,8 +57,18 @@ impl OsFaults for GuestHook {
                 }
                 self.io()
             }
-            SysCall::Read { pid: AGENT } => self.slow(),
+            SysCall::Read { pid: AGENT } => self.slow(FaultKind::SlowIo),
             SysCall::Sync { pid: AGENT } => self.io(),
+            // On the host's disk, programs and the agent meet the same.
+            SysCall::Share { write, .. } => {
+                if *write && self.strikes(FaultKind::MountFull) {
+                    return Some(OsFault::Fail(Errno::NOSPC));
+                }
+                if self.strikes(FaultKind::MountIo) {
+                    return Some(OsFault::Fail(Errno::IO));
+                }
+                self.slow(FaultKind::MountSlow)
+            }
             _ => None,
         }
     }
@@ -69,11 +79,11 @@ impl GuestHook {
         if self.strikes(FaultKind::GuestIo) {
             return Some(OsFault::Fail(Errno::IO));
         }
-        self.slow()
+        self.slow(FaultKind::SlowIo)
     }
 
-    fn slow(&self) -> Option<OsFault> {
-        let fired = self.world.strike(FaultKind::SlowIo, Vms::One(self.vm))?;
+    fn slow(&self, kind: FaultKind) -> Option<OsFault> {
+        let fired = self.world.strike(kind, Vms::One(self.vm))?;
         Some(OsFault::Slow(fired.amount(Duration::from_millis(1), Duration::from_secs(2))))
     }
 }

@@ -36,6 +36,9 @@ pub fn can(kind: FaultKind) -> bool {
             | K::GuestDiskFull
             | K::GuestIo
             | K::SlowIo
+            | K::MountIo
+            | K::MountFull
+            | K::MountSlow
             | K::PauseFail
             | K::PauseStuck
             | K::ResumeFail

@@ -204,6 +204,7 @@ pub(crate) fn check_kind(kind: FaultKind, capabilities: &Capabilities) -> Result
     let needed = match kind.scope() {
         FaultScope::Exec => Capability::Exec,
         FaultScope::File => Capability::Files,
+        FaultScope::Mount => Capability::Mounts,
         FaultScope::Pause | FaultScope::Resume => Capability::Pause,
         FaultScope::Snapshot | FaultScope::Restore => Capability::Snapshot,
         FaultScope::Fork => Capability::Fork,
@@ -236,6 +237,7 @@ fn is_benign(kind: FaultKind) -> bool {
             | K::LinkStall
             | K::BootSlow
             | K::SlowIo
+            | K::MountSlow
             | K::LoadSlow
     )
 }
@@ -246,7 +248,7 @@ fn benign_amount(kind: FaultKind, random: u64) -> Option<Duration> {
     let most = match kind {
         K::LinkStall | K::LinkDelayedAccept => 800,
         K::BootSlow | K::LoadSlow => 5_000,
-        K::SlowIo => 100,
+        K::SlowIo | K::MountSlow => 100,
         _ => return None,
     };
     let low = Duration::from_millis(1 + scale(random, most) / 2);

@@ -3,6 +3,7 @@
 use super::{
     fault::{OsFault, SysCall},
     kernel::{AgentChild, SimOs},
+    limits::Limits,
     pipe::Taken,
     process::{AGENT, Descriptor, Opened, PROCESS_MEMORY, Process},
     program::ProgramSlot,
@@ -64,6 +65,7 @@ impl SimOs {
             caught: 0,
             pending: 0,
             memory: PROCESS_MEMORY,
+            limits: Limits::of(&spec.limits),
             tty: None,
             child_of_agent: None,
         })
@@ -150,6 +152,9 @@ impl SimOs {
 
     fn open_agent_file(&mut self, path: &str, flags: OpenFlags, mode: u32) -> SysResult<Fd> {
         self.agent_fault(&SysCall::Open { pid: AGENT, path, write: flags.write })?;
+        if self.kernel.leads_to_share(AGENT, path) {
+            self.agent_fault(&SysCall::Share { pid: AGENT, write: false })?;
+        }
         let ino = self.kernel.on_vfs(AGENT, |vfs, who| vfs.open(who, path, flags, mode))?;
         if self.kernel.vfs.is_dir(ino) {
             return Err(Errno::ISDIR);
@@ -162,6 +167,16 @@ impl SimOs {
             Opened::Inode(ino)
         };
         Ok(self.add_agent_file(what, flags))
+    }
+
+    /// Lets faults of the host's happen where the agent works on a directory of the host.
+    fn agent_fault_of_file(&mut self, file: u32, write: bool) -> SysResult<()> {
+        match self.kernel.files.get(&file).map(|open| &open.what) {
+            Some(Opened::Inode(ino)) if self.kernel.vfs.is_shared(*ino) => {
+                self.agent_fault(&SysCall::Share { pid: AGENT, write })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Signals the terminal's foreground group as typed characters ask.
@@ -357,12 +372,14 @@ impl GuestOs for SimOs {
     fn read(&mut self, fd: Fd, max: usize) -> SysResult<Bytes> {
         self.agent_fault(&SysCall::Read { pid: AGENT })?;
         let file = self.agent_file(fd)?;
+        self.agent_fault_of_file(file, false)?;
         self.kernel.read_file(file, max)
     }
 
     fn write_all(&mut self, fd: Fd, bytes: &[u8]) -> SysResult<()> {
         self.agent_fault(&SysCall::Write { pid: AGENT, len: bytes.len() })?;
         let file = self.agent_file(fd)?;
+        self.agent_fault_of_file(file, true)?;
         let mut rest = Bytes::copy_from_slice(bytes);
         while !rest.is_empty() {
             let taken = self.kernel.write_file(file, rest.clone())?;
@@ -374,6 +391,7 @@ impl GuestOs for SimOs {
     fn sync_file(&mut self, fd: Fd) -> SysResult<()> {
         self.agent_fault(&SysCall::Sync { pid: AGENT })?;
         let file = self.agent_file(fd)?;
+        self.agent_fault_of_file(file, false)?;
         self.kernel.sync_file_of(file)
     }
 

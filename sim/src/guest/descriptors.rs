@@ -3,13 +3,14 @@
 use super::{
     fault::SysCall,
     kernel::Kernel,
+    limits,
     pipe::{Pipe, Taken},
     process::Opened,
     rope::zeros,
     signals,
     syscalls::{FdStat, OpenFlags, Syscalls},
     tree::{Body, Device},
-    vfs::{Caller, PROC_FS, Vfs},
+    vfs::{Caller, Ino, PROC_FS, Vfs},
 };
 use bytes::Bytes;
 use vm_guest_agent::os::{Errno, SysResult};
@@ -22,6 +23,9 @@ impl Syscalls<'_> {
     /// The kernel's.
     pub fn open(&mut self, path: &str, flags: OpenFlags, mode: u32) -> SysResult<u32> {
         self.fault(&SysCall::Open { pid: self.pid, path, write: flags.write })?;
+        if self.os.kernel.leads_to_share(self.pid, path) {
+            self.fault(&SysCall::Share { pid: self.pid, write: false })?;
+        }
         let what = self.open_what(path, flags, mode)?;
         let kernel = &mut self.os.kernel;
         let file = kernel.add_file(what, flags);
@@ -125,8 +129,9 @@ impl Syscalls<'_> {
         if !open.flags.read {
             return Err(Errno::BADF);
         }
-        if matches!(open.what, Opened::Inode(_)) {
+        if let Opened::Inode(ino) = open.what {
             self.fault(&SysCall::Read { pid: self.pid })?;
+            self.fault_of_share(ino, false)?;
         }
         self.os.kernel.read_file(file, max)
     }
@@ -136,14 +141,19 @@ impl Syscalls<'_> {
     /// # Errors
     /// The kernel's; `AGAIN` when there is no room yet; `PIPE` with the signal when nobody reads.
     pub fn write(&mut self, fd: u32, bytes: impl Into<Bytes>) -> SysResult<usize> {
-        let bytes = bytes.into();
+        let mut bytes = bytes.into();
         let file = self.os.kernel.file_of(self.pid, fd)?;
         let open = self.os.kernel.files.get(&file).ok_or(Errno::BADF)?;
         if !open.flags.write {
             return Err(Errno::BADF);
         }
-        if matches!(open.what, Opened::Inode(_)) {
+        if let Opened::Inode(ino) = open.what {
+            let (at, append) = (open.offset, open.flags.append);
             self.fault(&SysCall::Write { pid: self.pid, len: bytes.len() })?;
+            self.fault_of_share(ino, true)?;
+            let at = if append { self.os.kernel.vfs.inode(ino)?.size() } else { at };
+            let room = self.check_file_size(at, bytes.len())?;
+            bytes.truncate(room);
         }
         let result = self.os.kernel.write_file(file, bytes);
         if result == Err(Errno::PIPE) {
@@ -217,6 +227,9 @@ impl Syscalls<'_> {
     pub fn fsync(&mut self, fd: u32) -> SysResult<()> {
         let file = self.os.kernel.file_of(self.pid, fd)?;
         self.fault(&SysCall::Sync { pid: self.pid })?;
+        if let Some(Opened::Inode(ino)) = self.os.kernel.files.get(&file).map(|open| &open.what) {
+            self.fault_of_share(*ino, false)?;
+        }
         self.os.kernel.sync_file_of(file)
     }
 
@@ -232,7 +245,29 @@ impl Syscalls<'_> {
             return Err(Errno::INVAL);
         };
         let (ino, now) = (*ino, kernel.wall_ns());
-        kernel.vfs.set_len(ino, len, now)
+        if len > kernel.vfs.inode(ino)?.size() {
+            self.check_file_size(len.saturating_sub(1), 1)?;
+        }
+        self.os.kernel.vfs.set_len(ino, len, now)
+    }
+
+    /// Gives how many of `wanted` bytes at an offset the process may write.
+    fn check_file_size(&mut self, at: u64, wanted: usize) -> SysResult<usize> {
+        let most = self.process().map_or(u64::MAX, |it| it.limits.soft(limits::FSIZE));
+        let room = usize::try_from(most.saturating_sub(at)).unwrap_or(usize::MAX);
+        if room == 0 && wanted > 0 {
+            self.os.kernel.send_signal(self.pid, signals::XFSZ);
+            return Err(Errno::FBIG);
+        }
+        Ok(wanted.min(room))
+    }
+
+    /// Lets faults of the host's happen where the process works on a directory of the host.
+    fn fault_of_share(&mut self, ino: Ino, write: bool) -> SysResult<()> {
+        if !self.os.kernel.vfs.is_shared(ino) {
+            return Ok(());
+        }
+        self.fault(&SysCall::Share { pid: self.pid, write })
     }
 }
 

@@ -47,12 +47,19 @@ pub enum SysCall<'a> {
         /// Who asks.
         pid: u32,
     },
+    /// A file in a directory of the host is opened, read, written or made durable; beside what else is asked of the call.
+    Share {
+        /// Who does it.
+        pid: u32,
+        /// Whether it is written.
+        write: bool,
+    },
 }
 
 /// What goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OsFault {
-    /// The call fails. For `Spawn`, `Open`, `Read`, `Write` and `Sync`.
+    /// The call fails. For all but `Started`.
     Fail(Errno),
     /// The call takes this long. For all but `Started`; the agent's own wait is found in
     /// [`SimOs::take_agent_delay`](super::SimOs::take_agent_delay).

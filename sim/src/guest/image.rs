@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 /// What a saved guest begins with; another layout has another number.
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
 
 /// Bytes that are no saved guest for these programs.
 #[derive(Debug, thiserror::Error)]
@@ -94,6 +94,7 @@ impl SimOs {
         }
         let programs = programs.narrowed_to(&base);
         kernel.vfs.rebase(base);
+        kernel.lose_shared_files();
         Ok(Self { kernel, programs, faults: FaultSlot::default() })
     }
 }

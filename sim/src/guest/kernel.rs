@@ -8,6 +8,7 @@ use super::{
     process::{AGENT, OpenFile, Process},
     program::ProgramRegistry,
     pty::Pty,
+    share::ShareSetup,
     vfs::{Ino, Vfs},
     vsock::Vsock,
 };
@@ -30,6 +31,8 @@ pub struct OsConfig {
     pub max_processes: u32,
     /// The disks.
     pub disks: Vec<DiskSetup>,
+    /// The directories of the host; they come into the guest's hands afterwards.
+    pub shares: Vec<ShareSetup>,
 }
 
 /// Something that the guest's kernel did.
@@ -53,6 +56,14 @@ pub enum SetupError {
     Mount {
         /// Which disk.
         disk: usize,
+        /// Where.
+        mount: String,
+    },
+    /// A directory of the host cannot be mounted there.
+    #[error("host directory {share} cannot be mounted at `{mount}`")]
+    Share {
+        /// Which directory.
+        share: usize,
         /// Where.
         mount: String,
     },
@@ -127,7 +138,7 @@ impl SimOs {
     /// Boots a guest: mounts its disks, making their directories; no process but the agent is there.
     ///
     /// # Errors
-    /// When a disk cannot be mounted.
+    /// When a disk or a host directory cannot be mounted.
     pub fn new(config: OsConfig, programs: Arc<ProgramRegistry>) -> Result<Self, SetupError> {
         let mut kernel = Kernel {
             now: Duration::ZERO,
@@ -165,6 +176,11 @@ impl SimOs {
             disks.insert(index, at);
         }
         kernel.vfs.set_disk_order(disks.into_values());
+        for (share, ShareSetup { mount }) in config.shares.iter().enumerate() {
+            let refused = |_| SetupError::Share { share, mount: mount.clone() };
+            let at = kernel.mount_point(mount).map_err(refused)?;
+            kernel.vfs.mount_share(at).map_err(refused)?;
+        }
         Ok(Self { kernel, programs, faults: FaultSlot::default() })
     }
 

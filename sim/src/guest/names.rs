@@ -178,6 +178,9 @@ impl Vfs {
     }
 
     pub(super) fn rename(&mut self, who: &Caller<'_>, from: &str, to: &str) -> SysResult<()> {
+        // As Linux does, both directories before either name.
+        self.find_directory_of(who, from)?;
+        self.find_directory_of(who, to)?;
         let source = self.walk(who, from, false)?;
         let ino = source.ino.ok_or(Errno::NOENT)?;
         let target = self.walk(who, to, false)?;
@@ -196,6 +199,9 @@ impl Vfs {
         self.may_change_dir(who, target.parent)?;
         if is_dir && self.is_within(target.parent, ino) {
             return Err(Errno::INVAL);
+        }
+        if target.ino.is_some_and(|old| self.is_within(source.parent, old)) {
+            return Err(Errno::NOTEMPTY);
         }
         if let Some(old) = target.ino {
             if old == ino {
@@ -219,6 +225,18 @@ impl Vfs {
             dir.parent = target.parent.node;
         }
         Ok(())
+    }
+
+    /// Follows a path but for its last name, to a directory.
+    fn find_directory_of(&self, who: &Caller<'_>, path: &str) -> SysResult<()> {
+        let Some((above, _)) = path.trim_end_matches('/').rsplit_once('/') else { return Ok(()) };
+        if above.is_empty() {
+            return Ok(());
+        }
+        match self.is_dir(self.find(who, above, true)?) {
+            true => Ok(()),
+            false => Err(Errno::NOTDIR),
+        }
     }
 
     fn is_within(&self, mut dir: Ino, of: Ino) -> bool {

@@ -17,10 +17,11 @@ const SELF: u32 = 7;
 const VERSION: u32 = 8;
 /// Processes' nodes begin here, `PER_PROCESS` for each.
 const FIRST: u32 = 1000;
-const PER_PROCESS: u32 = 4;
+const PER_PROCESS: u32 = 5;
 const P_STATUS: u32 = 1;
 const P_CMDLINE: u32 = 2;
 const P_COMM: u32 = 3;
+const P_LIMITS: u32 = 4;
 
 const TOP_NAMES: [(&str, u32); 6] = [
     ("uptime", UPTIME),
@@ -30,8 +31,8 @@ const TOP_NAMES: [(&str, u32); 6] = [
     ("self", SELF),
     ("version", VERSION),
 ];
-const PROCESS_NAMES: [(&str, u32); 3] =
-    [("status", P_STATUS), ("cmdline", P_CMDLINE), ("comm", P_COMM)];
+const PROCESS_NAMES: [(&str, u32); 4] =
+    [("status", P_STATUS), ("cmdline", P_CMDLINE), ("comm", P_COMM), ("limits", P_LIMITS)];
 
 fn of_process(node: u32) -> Option<(u32, u32)> {
     let at = node.checked_sub(FIRST)?;
@@ -174,6 +175,7 @@ impl Kernel {
                 }
                 text.into()
             }
+            P_LIMITS => process.map(|it| it.limits.clone()).unwrap_or_default().table().into(),
             P_COMM => format!("{name}\n").into(),
             P_STATUS => {
                 let mut text = format!("Name:\t{name}\n");

@@ -2,6 +2,7 @@
 
 use super::{
     kernel::Kernel,
+    limits::{self, Limits},
     pipe::Pipe,
     program::{ProgramSlot, WaitFor},
     tree::Device,
@@ -12,8 +13,6 @@ use serde::{Deserialize, Serialize};
 use std::{sync::Arc, time::Duration};
 use vm_guest_agent::os::{Child, ChildExit, Errno, SysResult};
 
-/// The most descriptors of a process.
-const MAX_FDS: usize = 1024;
 /// What a process takes beside what its program allocates.
 pub(super) const PROCESS_MEMORY: u64 = 64 << 10;
 const MAX_PID: u32 = 32_768;
@@ -47,6 +46,7 @@ pub(super) struct Process {
     pub(super) caught: u64,
     pub(super) pending: u64,
     pub(super) memory: u64,
+    pub(super) limits: Limits,
     pub(super) tty: Option<u32>,
     pub(super) child_of_agent: Option<Child>,
 }
@@ -120,6 +120,7 @@ impl Process {
             caught: 0,
             pending: 0,
             memory: PROCESS_MEMORY,
+            limits: self.limits.clone(),
             tty: self.tty,
             child_of_agent: None,
         }
@@ -143,6 +144,12 @@ impl Kernel {
     /// Adds a process to the table.
     pub(super) fn add_process(&mut self, process: Process) -> SysResult<u32> {
         if self.processes.len() >= self.max_processes as usize {
+            return Err(Errno::AGAIN);
+        }
+        // Linux does not limit root's.
+        let of_user = |it: &&Process| it.uid == process.uid && it.is_alive();
+        let count = || self.processes.values().filter(of_user).count() as u64;
+        if process.uid != 0 && count() >= process.limits.soft(limits::NPROC) {
             return Err(Errno::AGAIN);
         }
         if self.vfs.memory().saturating_sub(self.vfs.memory_used()) < process.memory {
@@ -281,7 +288,7 @@ impl Kernel {
         while process.fds.get(fd).is_some_and(Option::is_some) {
             fd += 1;
         }
-        if fd >= MAX_FDS {
+        if fd >= process.max_fds() {
             self.close_file(file);
             return Err(Errno::MFILE);
         }
@@ -295,11 +302,11 @@ impl Kernel {
     /// Makes a descriptor name a file, closing what it named before.
     pub(super) fn install_at(&mut self, pid: u32, fd: u32, file: u32) -> SysResult<()> {
         let index = fd as usize;
-        if index >= MAX_FDS {
+        let process = self.processes.get_mut(&pid).ok_or(Errno::SRCH)?;
+        if index >= process.max_fds() {
             self.close_file(file);
             return Err(Errno::BADF);
         }
-        let process = self.processes.get_mut(&pid).ok_or(Errno::SRCH)?;
         if process.fds.len() <= index {
             process.fds.resize(index + 1, None);
         }

@@ -14,12 +14,13 @@ const STOP: u8 = 19;
 const TSTP: u8 = 20;
 const TTOU: u8 = 22;
 const URG: u8 = 23;
+pub(super) const XFSZ: u8 = 25;
 pub(super) const WINCH: u8 = 28;
 /// The highest signal.
 pub(super) const MAX: u8 = 64;
 
 /// Signals by name, as `kill` and `trap` know them.
-pub(super) const NAMES: [(&str, u8); 24] = [
+pub(super) const NAMES: [(&str, u8); 26] = [
     ("HUP", 1),
     ("INT", 2),
     ("QUIT", 3),
@@ -42,6 +43,8 @@ pub(super) const NAMES: [(&str, u8); 24] = [
     ("TTIN", 21),
     ("TTOU", 22),
     ("URG", 23),
+    ("XCPU", 24),
+    ("XFSZ", 25),
     ("WINCH", 28),
     ("PWR", 30),
 ];

@@ -11,7 +11,7 @@ use super::{
 use bytes::Bytes;
 use std::{sync::Arc, time::Duration};
 use vm_guest_agent::os::{ChildExit, Errno, SysResult};
-use vm_guest_protocol::EntryKind;
+use vm_guest_protocol::{EntryKind, MAX_LIMITS};
 
 pub use super::vfs::OpenFlags;
 
@@ -259,11 +259,14 @@ impl<'a> Syscalls<'a> {
     /// Sets how many bytes the process uses beside its fixed part.
     ///
     /// # Errors
-    /// `NOMEM` when the machine has not as much; where a process goes on to ask for it, the kernel has killed it.
+    /// `NOMEM` when the machine has not as much, the kernel having killed the process, or when its limits forbid it.
     pub fn set_memory(&mut self, bytes: u64) -> SysResult<()> {
         let kernel = &mut self.os.kernel;
         let Some(process) = kernel.processes.get_mut(&self.pid) else { return Err(Errno::SRCH) };
         let (old, new) = (process.memory, PROCESS_MEMORY.saturating_add(bytes));
+        if new > old && !process.may_grow_to(new) {
+            return Err(Errno::NOMEM);
+        }
         let others = kernel.vfs.memory_used().saturating_sub(old);
         if new > old && others.saturating_add(new) > kernel.vfs.memory() {
             kernel.oom_kill(self.pid);
@@ -271,6 +274,28 @@ impl<'a> Syscalls<'a> {
         }
         process.memory = new;
         kernel.vfs.process_memory = kernel.vfs.process_memory + new - old;
+        Ok(())
+    }
+
+    /// Gives the soft and the hard limit on a resource, by the number that Linux has for it.
+    #[must_use]
+    pub fn limit(&self, resource: u8) -> (u64, u64) {
+        self.process().map(|it| it.limits.get(resource)).unwrap_or_default()
+    }
+
+    /// Sets the soft and the hard limit on a resource.
+    ///
+    /// # Errors
+    /// `INVAL` where the soft one is above the hard one; `PERM` where another user than root raises the hard one.
+    pub fn set_limit(&mut self, resource: u8, (soft, hard): (u64, u64)) -> SysResult<()> {
+        let process = self.process_mut().ok_or(Errno::SRCH)?;
+        if soft > hard || usize::from(resource) >= MAX_LIMITS {
+            return Err(Errno::INVAL);
+        }
+        if hard > process.limits.get(resource).1 && process.uid != 0 {
+            return Err(Errno::PERM);
+        }
+        process.limits.set(resource, (soft, hard));
         Ok(())
     }
 

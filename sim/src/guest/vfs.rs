@@ -75,8 +75,10 @@ pub(super) struct Vfs {
     disk_order: Vec<u16>,
     /// Which disk is mounted on a directory.
     pub(super) mounts: BTreeMap<Ino, u16>,
+    /// The numbers of host directories, in the order of the configuration.
+    pub(super) shares: Vec<u16>,
     /// How often an inode is held open, or as a working directory.
-    holds: BTreeMap<Ino, u32>,
+    pub(super) holds: BTreeMap<Ino, u32>,
     memory: u64,
     /// What processes take of the memory.
     pub(super) process_memory: u64,
@@ -104,6 +106,7 @@ impl Vfs {
             disks: Vec::new(),
             disk_order: Vec::new(),
             mounts: BTreeMap::new(),
+            shares: Vec::new(),
             holds: BTreeMap::new(),
             memory,
             process_memory: 0,

@@ -233,6 +233,30 @@ impl Disk {
         self.names.keys().cloned().collect()
     }
 
+    /// Says whether a directory is there.
+    pub(super) fn has_dir(&self, path: &Path) -> bool {
+        self.is_dir(path)
+    }
+
+    /// Takes the directories and files below a directory off the disk, in order, each by its path in it.
+    pub(super) fn take_tree(&mut self, dir: &Path) -> Vec<(PathBuf, Option<Bytes>)> {
+        let below = |path: &Path| Some(path.strip_prefix(dir).ok()?.to_path_buf());
+        let dirs = self.dirs.iter().filter_map(|path| Some((below(path)?, None)));
+        let mut tree: Vec<_> = dirs.filter(|(path, _)| !path.as_os_str().is_empty()).collect();
+        let files: Vec<PathBuf> =
+            self.names.keys().filter(|path| path.starts_with(dir)).cloned().collect();
+        for path in files {
+            if let (Some(name), Ok(number)) = (below(&path), self.find(&path)) {
+                let length = self.len(number).unwrap_or(0);
+                let content = self.read(number, 0, index(length)).unwrap_or_default();
+                tree.push((name, Some(content)));
+                let _ = self.remove(&path);
+            }
+        }
+        self.dirs.retain(|path| path == dir || !path.starts_with(dir));
+        tree
+    }
+
     fn check_parent(&self, path: &Path) -> io::Result<()> {
         match path.parent() {
             Some(parent) if self.is_dir(parent) && path.file_name().is_some() => Ok(()),

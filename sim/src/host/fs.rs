@@ -1,6 +1,6 @@
 //! The host's file system as the core sees it, with faults.
 
-use super::HostState;
+use super::{HostState, shares::OpenAt};
 use crate::{fault::Vms, ledger::Held, rng::Purpose, trace::Tag, world::World};
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -36,27 +36,29 @@ impl SimHostFs {
 impl HostFs for SimHostFs {
     async fn create_dir_all(&self, path: &Path) -> io::Result<()> {
         self.enter().await;
-        self.world.host().disk.create_dir_all(path)
+        self.world.host().create_dir_all(path)
     }
 
     async fn create_new(&self, path: &Path) -> io::Result<Box<dyn HostFile>> {
         self.enter().await;
-        let (inode, life) = {
+        let (at, life) = {
             let mut host = self.world.host();
-            (host.disk.create(path)?, host.losses)
+            (host.create_file(path)?, host.losses)
         };
-        self.world.note(None, Tag::HostFile, &[0, inode], || format!("create {}", path.display()));
-        Ok(Box::new(Open::new(&self.world, inode, life)))
+        self.world
+            .note(None, Tag::HostFile, &[0, at.number()], || format!("create {}", path.display()));
+        Ok(Box::new(Open::new(&self.world, at, life)))
     }
 
     async fn open(&self, path: &Path) -> io::Result<Box<dyn HostFileReader>> {
         self.enter().await;
-        let (inode, life, restoring) = {
+        let (at, life, restoring) = {
             let mut host = self.world.host();
-            (host.disk.open(path)?, host.losses, host.restoring.clone())
+            (host.open_file(path)?, host.losses, host.restoring.clone())
         };
-        let open = Open::new(&self.world, inode, life);
-        // Whatever is opened for reading is a state to be restored or verified.
+        let open = Open::new(&self.world, at.clone(), life);
+        // Whatever else is opened for reading is a state to be restored or verified.
+        let OpenAt::Disk(inode) = at else { return Ok(Box::new(open)) };
         if self.world.strike(FaultKind::BitRot, Vms::Any(&restoring)).is_some() {
             let mut draw = |bound| self.world.streams.below(Purpose::HostDisk, bound);
             let flipped = self.world.host().disk.flip_bit(inode, &mut draw)?;
@@ -69,7 +71,7 @@ impl HostFs for SimHostFs {
 
     async fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         self.enter().await;
-        self.world.host().disk.rename(from, to)?;
+        self.world.host().rename(from, to)?;
         self.world.note(None, Tag::HostFile, &[2], || {
             format!("rename {} to {}", from.display(), to.display())
         });
@@ -78,13 +80,13 @@ impl HostFs for SimHostFs {
 
     async fn remove(&self, path: &Path) -> io::Result<()> {
         self.enter().await;
-        self.world.host().disk.remove(path)?;
+        self.world.host().remove(path)?;
         self.world.note(None, Tag::HostFile, &[3], || format!("remove {}", path.display()));
         Ok(())
     }
 
     fn remove_now(&self, path: &Path) {
-        let removed = self.world.host().disk.remove(path).is_ok();
+        let removed = self.world.host().remove(path).is_ok();
         self.world.note(None, Tag::HostFile, &[4, u64::from(removed)], || {
             format!("remove {} at once", path.display())
         });
@@ -92,12 +94,12 @@ impl HostFs for SimHostFs {
 
     async fn sync_dir(&self, path: &Path) -> io::Result<()> {
         self.enter().await;
-        self.world.host().disk.sync_dir(path)
+        self.world.host().sync_dir(path)
     }
 
     async fn list(&self, path: &Path) -> io::Result<Vec<PathBuf>> {
         self.enter().await;
-        self.world.host().disk.list(path)
+        self.world.host().list(path)
     }
 }
 
@@ -110,15 +112,15 @@ impl fmt::Debug for SimHostFs {
 /// An open file.
 struct Open {
     world: Arc<World>,
-    inode: u64,
+    at: OpenAt,
     /// The host's losses when it was opened.
     life: u64,
     _held: Held,
 }
 
 impl Open {
-    fn new(world: &Arc<World>, inode: u64, life: u64) -> Self {
-        Self { world: Arc::clone(world), inode, life, _held: world.counters.host_files.hold() }
+    fn new(world: &Arc<World>, at: OpenAt, life: u64) -> Self {
+        Self { world: Arc::clone(world), at, life, _held: world.counters.host_files.hold() }
     }
 
     fn on_disk<T>(&self, act: impl FnOnce(&mut HostState) -> io::Result<T>) -> io::Result<T> {
@@ -131,7 +133,7 @@ impl Open {
 
     fn append(&self, bytes: &Bytes) -> io::Result<()> {
         let capacity = self.world.limits.disk_bytes;
-        self.on_disk(|host| host.disk.append(self.inode, bytes, capacity))
+        self.on_disk(|host| host.append(&self.at, bytes, capacity))
     }
 
     /// Gives a drawn part of what was to be written.
@@ -169,11 +171,14 @@ impl HostFile for Open {
         let saving = self.world.host().saving.clone();
         if let Some(fired) = self.world.strike(FaultKind::LostSync, Vms::Any(&saving)) {
             let later = fired.amount(Duration::from_millis(1), Duration::from_secs(2));
-            self.on_disk(|host| host.disk.lose_sync(self.inode))?;
+            self.on_disk(|host| match self.at {
+                OpenAt::Disk(inode) => host.disk.lose_sync(inode),
+                OpenAt::Share(..) => Ok(()),
+            })?;
             self.world.die_at(self.world.now() + later);
             return Ok(());
         }
-        self.on_disk(|host| host.disk.sync(self.inode))
+        self.on_disk(|host| host.sync(&self.at))
     }
 }
 
@@ -181,20 +186,20 @@ impl HostFile for Open {
 impl HostFileReader for Open {
     async fn size(&self) -> io::Result<u64> {
         self.world.enter().await;
-        self.on_disk(|host| host.disk.len(self.inode))
+        self.on_disk(|host| host.len(&self.at))
     }
 
     async fn read_at(&self, offset: u64, length: usize) -> io::Result<Bytes> {
         self.world.enter().await;
         self.world.die_if_due();
-        self.on_disk(|host| host.disk.read(self.inode, offset, length))
+        self.on_disk(|host| host.read(&self.at, offset, length))
     }
 }
 
 impl Drop for Open {
     fn drop(&mut self) {
         let _ = self.on_disk(|host| {
-            host.disk.close(self.inode);
+            host.close(&self.at);
             Ok(())
         });
     }
@@ -202,6 +207,6 @@ impl Drop for Open {
 
 impl fmt::Debug for Open {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Open").field("inode", &self.inode).finish_non_exhaustive()
+        f.debug_struct("Open").field("at", &self.at).finish_non_exhaustive()
     }
 }

@@ -2,10 +2,15 @@
 
 mod disk;
 mod fs;
+mod shares;
 
 pub use fs::SimHostFs;
 
-use crate::{guest::DiskImage, rng::Purpose, world::World};
+use crate::{
+    guest::{DiskImage, SharedDir},
+    rng::Purpose,
+    world::World,
+};
 use bytes::Bytes;
 use disk::Disk;
 use serde::{Deserialize, Serialize};
@@ -78,7 +83,7 @@ impl SimHostLimits {
 pub struct SimHost(pub(crate) Arc<World>);
 
 impl SimHost {
-    /// Gives its file system.
+    /// Gives its file system. A directory that machines are to mount is made there first.
     #[must_use]
     pub fn fs(&self) -> SimHostFs {
         SimHostFs::new(Arc::clone(&self.0))
@@ -96,7 +101,7 @@ impl SimHost {
         self.0.host().losses
     }
 
-    /// Lists the files on its disk, guests' disks excepted.
+    /// Lists the files on its disk, guests' disks and the directories that guests mount excepted.
     #[must_use]
     pub fn files(&self) -> Vec<PathBuf> {
         self.0.host().disk.files()
@@ -105,7 +110,7 @@ impl SimHost {
     /// Counts the bytes that those files take.
     #[must_use]
     pub fn used_bytes(&self) -> u64 {
-        self.0.host().disk.used()
+        self.0.host().used()
     }
 
     /// Changes one bit of a file for good; the seed decides which, and it is given back, where the file has any.
@@ -138,6 +143,8 @@ impl fmt::Debug for SimHost {
 pub(crate) struct HostState {
     disk: Disk,
     guest_disks: BTreeMap<PathBuf, GuestDisk>,
+    /// The directories that guests mount or did mount, by their paths; none is within another.
+    shares: BTreeMap<PathBuf, SharedDir>,
     machines: u32,
     memory: u64,
     /// Counts the host's losses; what was opened before one is gone.
@@ -251,6 +258,7 @@ impl HostState {
     pub(crate) fn crash(&mut self, draw: &mut dyn FnMut(u64) -> u64) {
         self.losses += 1;
         self.disk.crash(draw);
+        self.shares.values_mut().for_each(SharedDir::crash);
     }
 
     pub(crate) fn temporary_files(&self) -> u64 {

@@ -11,7 +11,7 @@ pub(crate) use shared::Shared;
 
 use crate::{
     fault::Vms,
-    guest::{DiskSetup, OsConfig, SimOs},
+    guest::{DiskSetup, OsConfig, ShareSetup, SimOs},
     rng::Purpose,
     world::World,
 };
@@ -31,7 +31,7 @@ use vm_core::{
 };
 use vm_guest_protocol::AGENT_PORT;
 use vm_planted_bugs::{Bug, planted};
-use vm_trait::{Capabilities, HostLimits, Inspection, MemoryRegion, Mib, VcpuInspection};
+use vm_trait::{Capabilities, HostLimits, Inspection, MemoryRegion, Mib, VcpuInspection, VmConfig};
 
 /// The version of a machine's state.
 const VERSION: u32 = 3;
@@ -93,6 +93,10 @@ impl Hypervisor for SimHypervisor {
         }
     }
 
+    fn check(&self, config: &VmConfig) -> Result<(), MachineError> {
+        self.world.host().check_mounts(&config.mounts)
+    }
+
     async fn create(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>, MachineError> {
         self.world.enter().await;
         if self.world.strike(FaultKind::CreateExhausted, Vms::One(spec.vm)).is_some() {
@@ -145,6 +149,11 @@ impl SimMachine {
             seed,
             max_processes: MAX_PROCESSES,
             disks,
+            shares: config
+                .mounts
+                .iter()
+                .map(|mount| ShareSetup { mount: mount.mount.clone() })
+                .collect(),
         };
         let os = SimOs::new(os, Arc::clone(&self.world().programs))
             .map_err(|error| MachineError::Failed(error.to_string()))?;

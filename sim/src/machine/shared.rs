@@ -84,12 +84,16 @@ impl Shared {
         {
             let mut host = world.host();
             host.reserve(&world.limits, spec.config.memory)?;
-            if let Some(path) = file
-                && let Err(error) = host.begin_console(path)
-            {
+            let begun = host.share(&spec.config.mounts).and_then(|()| {
+                let Some(path) = file else { return Ok(()) };
+                host.begin_console(path).map_err(|error| {
+                    let (path, reason) = (path.display().to_string(), error.to_string());
+                    MachineError::HostIo { path, reason }
+                })
+            });
+            if let Err(error) = begun {
                 host.release(spec.config.memory);
-                let (path, reason) = (path.display().to_string(), error.to_string());
-                return Err(MachineError::HostIo { path, reason });
+                return Err(error);
             }
         }
         let console = usize::try_from(spec.config.console_bytes).unwrap_or(usize::MAX);
@@ -211,6 +215,9 @@ impl Shared {
             state.disks_attached = false;
         }
         drop(host);
+        if let Some(guest) = &mut state.guest {
+            self.with_shares(guest, |guest| guest.os.let_go_of_shares());
+        }
         state.guest = None;
         state.place = None;
         state.lines.end();
@@ -220,6 +227,19 @@ impl Shared {
         }
         self.world.strike_off(self.number.load(Ordering::Relaxed));
         self.changed.notify_waiters();
+    }
+
+    /// Lets the guest do something with what it mounts of the host in hand.
+    fn with_shares<T>(&self, guest: &mut Guest, act: impl FnOnce(&mut Guest) -> T) -> T {
+        let mounts = &self.spec.config.mounts;
+        if mounts.is_empty() {
+            return act(guest);
+        }
+        let capacity = self.world.limits.disk_bytes;
+        self.world.host().give_shares(mounts, &mut guest.os, capacity);
+        let done = act(guest);
+        self.world.host().take_shares(mounts, &mut guest.os);
+        done
     }
 
     /// Waits until the machine has ended, or goes on after a pause.
@@ -338,8 +358,9 @@ impl Shared {
             MachineStatus::Fresh | MachineStatus::Ended => return None,
         }
         let guest = state.guest.as_mut()?;
+        let (lines, console) = (&mut state.lines, &mut state.console);
         let mut progress =
-            guest.run(now, &mut state.lines, &mut state.console, &self.world.streams);
+            self.with_shares(guest, |guest| guest.run(now, lines, console, &self.world.streams));
         state.halts += 1;
         let mut next = progress.next.and_then(|next| guest.host_time(next));
         let clock = nanos(guest.clock(now));
@@ -396,7 +417,7 @@ impl Shared {
             match fault.kind {
                 FaultKind::GuestPanic => guest.os.panic("Fatal exception in interrupt"),
                 FaultKind::GuestOom => {
-                    guest.os.kill_for_memory();
+                    self.with_shares(guest, |guest| guest.os.kill_for_memory());
                     guest.act_again(now);
                 }
                 FaultKind::VmmKilled => {
@@ -420,8 +441,9 @@ impl Shared {
     pub(super) fn catch_up(&self, state: &mut State, now: Duration) -> Result<(), MachineError> {
         state.driver.timer = None;
         let Some(guest) = &mut state.guest else { return Err(MachineError::Ended) };
-        let streams = &self.world.streams;
-        let progress = guest.run(now, &mut state.lines, &mut state.console, streams);
+        let (lines, console) = (&mut state.lines, &mut state.console);
+        let progress =
+            self.with_shares(guest, |guest| guest.run(now, lines, console, &self.world.streams));
         self.note_console(&mut state.console, now);
         match progress.exit {
             Some(exit) => {

@@ -5,13 +5,13 @@ use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use std::time::Duration;
 use vm_guest_protocol::{
-    Channel, ExecSpec, ProcessExit, Reply, Request, Started, TermSize, UserSpec,
+    Channel, ExecSpec, ProcessExit, Reply, Request, ResourceLimit, Started, TermSize, UserSpec,
 };
 use vm_planted_bugs::{Bug, planted};
 use vm_trait::{
-    ExecFailure, ExecOutput, ExecRequest, ExecStatus, GuestProcessHandle, Operation, OutputChannel,
-    OutputOffsets, ProcessId, ProcessInfo, Signal, Stdin, TtySize, User, VmConfig, VmError,
-    VmErrorKind, VmId, VmResult,
+    ExecFailure, ExecOutput, ExecRequest, ExecStatus, GuestProcessHandle, Limit, Operation,
+    OutputChannel, OutputOffsets, ProcessId, ProcessInfo, Resource, Signal, Stdin, TtySize, User,
+    VmConfig, VmError, VmErrorKind, VmId, VmResult,
 };
 
 /// A timeout of this length is as good as none.
@@ -213,9 +213,15 @@ fn spec(
             .timeout
             .map(|timeout| u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX)),
         stdin: !matches!(input, Input::None),
+        limits: config.limits.iter().map(|(resource, limit)| limit_of(*resource, *limit)).collect(),
         lazy_start: false,
     };
     Ok((spec, input, request.output_limit))
+}
+
+fn limit_of(resource: Resource, Limit { soft, hard }: Limit) -> ResourceLimit {
+    let amount = |limit: Option<u64>| limit.unwrap_or(ResourceLimit::NONE);
+    ResourceLimit { resource: resource.number(), soft: amount(soft), hard: amount(hard) }
 }
 
 fn exit_of(end: End) -> Result<ProcessExit, VmErrorKind> {

@@ -93,6 +93,7 @@ impl Parts {
                 console_file: false,
                 console_file_limit: 0,
                 disks: Vec::new(),
+                shares: Vec::new(),
                 vsock_cid: 3,
             },
             kernel: in_memory(kernel),

@@ -7,6 +7,7 @@ use vm_dst::{
     bench::{
         Bench, Measured,
         kvm::{KvmBench, KvmMeasured},
+        side_by_side::SideBySide,
     },
     environment::Environment,
 };
@@ -43,6 +44,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8, Problem> {
     match arguments.backend {
         Backend::Sim => {}
         Backend::Kvm => return run_kvm(arguments),
+        Backend::Libkrun => return run_side_by_side(arguments),
         Backend::Process => {
             return Err(Problem::usage("there is nothing to measure of the process backend"));
         }
@@ -96,6 +98,37 @@ fn run_kvm(arguments: &Arguments) -> Result<u8, Problem> {
     }
     print(&kvm_text(&measured))?;
     Ok(if measured.left_over.is_empty() { 0 } else { FAILED })
+}
+
+fn run_side_by_side(arguments: &Arguments) -> Result<u8, Problem> {
+    let boots = u32::try_from(arguments.boots).ok().filter(|boots| (1..=10_000).contains(boots));
+    let boots = boots.ok_or_else(|| Problem::usage("--boots: 1 to 10000"))?;
+    let bar = progress_bar();
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of 1000")]
+    let measured = SideBySide { boots }.run(&mut |share| bar.set_position((share * 1000.0) as u64));
+    bar.finish_and_clear();
+    let measured = measured.map_err(Problem::failed)?;
+    if let Some(path) = &arguments.json {
+        write_json(path, &measured)?;
+    }
+    let mut text = format!("medians of {boots} boots of each, turn by turn\n");
+    for side in &measured {
+        let resident =
+            side.resident_kib.map_or("unknown".to_owned(), |kib| format!("{kib:.0} KiB"));
+        let _ = write!(
+            text,
+            "\n{} ({})\n  start to ready      {:.0} ms\n  exec round trip     {:.0} us\n  ping                {:.0} us\n  \
+             pause and resume    {:.2} ms\n  resident beside the guest  {resident}\n",
+            side.backend,
+            side.launcher,
+            side.start_ms,
+            side.exec_round_trip_us,
+            side.ping_us,
+            side.pause_resume_ms,
+        );
+    }
+    print(&text)?;
+    Ok(0)
 }
 
 fn kvm_text(measured: &KvmMeasured) -> String {

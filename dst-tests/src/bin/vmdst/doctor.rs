@@ -7,7 +7,7 @@ use vm_dst::{
     environment::Environment,
     plan::Plan,
     runner::cores,
-    target::{KvmTarget, ProcessTarget, SimTarget, Target},
+    target::{KrunTarget, KvmTarget, ProcessTarget, SimTarget, Target},
 };
 use vm_trait::Capability;
 
@@ -36,6 +36,7 @@ pub(crate) fn run() -> Result<u8, Problem> {
         "DST_ENV",
         "REQUIRE_BACKENDS",
         "TWINVM_KVM_LAUNCHER",
+        "TWINVM_KRUN_LAUNCHER",
         "TWINVM_KERNEL",
         "TWINVM_MODULES",
         "TWINVM_ROOT",
@@ -43,18 +44,23 @@ pub(crate) fn run() -> Result<u8, Problem> {
     ] {
         let value = env::var_os(name)
             .map_or_else(|| "not set".to_owned(), |value| format!("{}", value.display()));
-        let _ = writeln!(text, "  {name:19} {value}");
+        let _ = writeln!(text, "  {name:20} {value}");
     }
     let sim = SimTarget::new(chosen.clone().unwrap_or_else(|_| Environment::best()));
     let process = ProcessTarget::new();
     let kvm = KvmTarget::new();
-    let targets: [&dyn Target; 3] = [&sim, &process, &kvm];
+    let libkrun = KrunTarget::new();
+    let targets: [&dyn Target; 4] = [&sim, &process, &kvm, &libkrun];
     text += "\nbackends\n";
     for target in targets {
         text += &about(target);
     }
     text += "\nwhat machines of KVM need\n";
     for line in KvmTarget::findings() {
+        let _ = writeln!(text, "  {line}");
+    }
+    text += "\nwhat machines of libkrun need\n";
+    for line in KrunTarget::findings() {
         let _ = writeln!(text, "  {line}");
     }
     text += "\nfaults, and who can make them happen\n";

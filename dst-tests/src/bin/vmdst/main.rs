@@ -11,16 +11,21 @@ use vm_dst::{
     contract_doc,
     environment::Environment,
     seeds::{BadSeeds, number},
-    target::{KvmTarget, ProcessTarget, SimTarget, Target},
+    target::{KrunTarget, KvmTarget, ProcessTarget, SimTarget, Target},
 };
 
 mod bench;
 mod coverage;
+mod diff;
 mod doctor;
+mod histories;
 mod interrupt;
+mod merge;
 mod mutants;
+mod outputs;
 mod replay;
 mod run;
+mod shrink;
 mod soak;
 
 /// Something failed.
@@ -45,8 +50,14 @@ struct Cli {
 enum Command {
     /// Runs clauses under many seeds
     Run(run::Arguments),
-    /// Runs one clause with one seed and prints everything that happens
+    /// Puts the reports of several machines or backends together
+    Merge(merge::Arguments),
+    /// Runs one clause with one seed, or a script from a file, and prints everything that happens
     Replay(replay::Arguments),
+    /// Makes a failing script small
+    Shrink(shrink::Arguments),
+    /// Carries out the same generated histories on two backends and compares them step by step
+    Diff(diff::Arguments),
     /// Lists the clauses
     Clauses {
         /// As the Markdown of docs/contract.md
@@ -84,16 +95,25 @@ enum Backend {
     Process,
     /// Machines of KVM
     Kvm,
+    /// Machines of libkrun
+    Libkrun,
 }
 
 impl Chosen {
     fn target(&self) -> Result<Arc<dyn Target>, Problem> {
-        match self.backend {
-            Backend::Sim => Ok(Arc::new(SimTarget::new(self.environment()?))),
-            _ if self.env.is_some() => Err(Problem::usage(ENV_OF_SIM)),
-            Backend::Process => Ok(Arc::new(ProcessTarget::new())),
-            Backend::Kvm => Ok(Arc::new(KvmTarget::new())),
+        if self.backend != Backend::Sim && self.env.is_some() {
+            return Err(Problem::usage(ENV_OF_SIM));
         }
+        self.target_of(self.backend)
+    }
+
+    fn target_of(&self, backend: Backend) -> Result<Arc<dyn Target>, Problem> {
+        Ok(match backend {
+            Backend::Sim => Arc::new(SimTarget::new(self.environment()?)),
+            Backend::Process => Arc::new(ProcessTarget::new()),
+            Backend::Kvm => Arc::new(KvmTarget::new()),
+            Backend::Libkrun => Arc::new(KrunTarget::new()),
+        })
     }
 
     /// Gives the environment of simulated runs, and none for a backend that runs in real time.
@@ -153,10 +173,14 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 fn main() -> ExitCode {
     vm_backend_process::run_agent_if_asked();
     vm_backend_kvm::run_launcher_if_asked();
+    vm_backend_libkrun::run_launcher_if_asked();
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Run(arguments) => run::run(&arguments),
+        Command::Merge(arguments) => merge::run(&arguments),
         Command::Replay(arguments) => replay::run(&arguments),
+        Command::Shrink(arguments) => shrink::run(&arguments),
+        Command::Diff(arguments) => diff::run(&arguments),
         Command::Clauses { markdown } => {
             let text = if markdown { contract_doc::markdown() } else { contract_doc::plain() };
             print(&text).map(|()| 0)

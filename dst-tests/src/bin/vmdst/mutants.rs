@@ -153,7 +153,7 @@ fn row(outcome: &Outcome) -> Vec<Cell> {
             ]);
         }
         None => {
-            row.extend([Cell::new("SURVIVED"), Cell::new(""), right(outcome.runs), Cell::new("")])
+            row.extend([Cell::new("SURVIVED"), Cell::new(""), right(outcome.runs), Cell::new("")]);
         }
     }
     row

@@ -1,7 +1,7 @@
 //! `vmdst run`.
 
 use crate::{
-    BAD_USAGE, Chosen, FAILED, INTERRUPTED, Problem, any_number, interrupt, print, write_json,
+    BAD_USAGE, Chosen, FAILED, INTERRUPTED, Problem, any_number, interrupt, outputs::Outputs, print,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{
@@ -14,8 +14,8 @@ use vm_dst::{
     report,
     runner::{LastRun, Progress, Session},
     seeds::{SeedSource, Seeds},
+    shard::Shard,
     summary::Summary,
-    target::Target,
 };
 
 /// How many seeds are run where nothing says how many.
@@ -32,14 +32,27 @@ pub(crate) struct Arguments {
     /// The first of the seeds
     #[arg(long, value_name = "S", value_parser = any_number)]
     first_seed: Option<u64>,
+    /// Runs so many generated histories in place of the clauses; the first that fails is made small and saved
+    #[arg(long, value_name = "N", value_parser = any_number, conflicts_with_all = ["seeds", "clause", "json", "report", "junit", "shard"])]
+    histories: Option<u64>,
+    /// Where a failing history is saved
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "target/history.json",
+        requires = "histories"
+    )]
+    save: PathBuf,
     /// Runs only clauses whose id contains this, or matches it where it has a `*` or `?`
     #[arg(long, value_name = "GLOB")]
     clause: Vec<ClauseFilter>,
     #[command(flatten)]
-    chosen: Chosen,
-    /// Writes what came of it to this file, as JSON
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    pub(crate) chosen: Chosen,
+    #[command(flatten)]
+    outputs: Outputs,
+    /// Runs only this part of it, as `2/4`: the second of four. `vmdst merge` puts the parts' --json together
+    #[arg(long, value_name = "I/N", default_value_t = Shard::WHOLE)]
+    shard: Shard,
     /// How many runs go on at a time. Default as many as the backend allows, else one a core
     #[arg(long, value_name = "N", value_parser = any_number)]
     jobs: Option<u64>,
@@ -85,6 +98,9 @@ impl Arguments {
         }
         let mut session = Session::new(target, plan, seeds);
         session.twice = self.twice;
+        session.shard = self.shard;
+        // Where a shard fails, only this machine can say what happened.
+        session.record = self.outputs.wants_records() || self.shard != Shard::WHOLE;
         if let Some(jobs) = self.jobs {
             session.jobs = usize::try_from(jobs)
                 .ok()
@@ -100,6 +116,14 @@ impl Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<u8, Problem> {
+    if let Some(count) = arguments.histories {
+        let seeds = match arguments.seed {
+            Some(seed) => Seeds::one(seed, SeedSource::Option),
+            None => Seeds::range(arguments.first_seed.unwrap_or(0), count, SeedSource::Option)?,
+        };
+        let target = arguments.chosen.target()?;
+        return crate::histories::run(&target, seeds, arguments.twice, &arguments.save);
+    }
     let mut session = arguments.session()?;
     session.interrupt = interrupt::flag();
     print(&format!(
@@ -120,12 +144,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8, Problem> {
     });
     bar.finish_and_clear();
     // Written first: it must not be lost where standard output cannot be written.
-    if let Some(path) = &arguments.json {
-        write_json(path, &summary)?;
-    }
-    let width = if stdout().is_terminal() { None } else { Some(120) };
-    print(&format!("{}\n{}\n", report::text(&summary, width), summary.last_line()))?;
-    Ok(exit_code(&summary, &*session.target))
+    arguments.outputs.write(std::slice::from_ref(&summary))?;
+    print_summary(&summary)?;
+    let nothing_ran = summary.clauses == 0 || session.target.fit().is_err();
+    Ok(if nothing_ran && !summary.interrupted { FAILED } else { exit_code(&summary) })
 }
 
 fn report_run(run: &LastRun) {
@@ -135,11 +157,16 @@ fn report_run(run: &LastRun) {
     let _ = writeln!(stderr(), "{outcome:6} {seconds:8.2} s  {clause} {seed:#x}");
 }
 
-fn exit_code(summary: &Summary, target: &dyn Target) -> u8 {
-    let nothing_ran = summary.clauses == 0 || target.fit().is_err();
+/// Prints the report, and its last line.
+pub(crate) fn print_summary(summary: &Summary) -> Result<(), Problem> {
+    let width = if stdout().is_terminal() { None } else { Some(120) };
+    print(&format!("{}\n{}\n", report::text(summary, width), summary.last_line()))
+}
+
+pub(crate) fn exit_code(summary: &Summary) -> u8 {
     match () {
         () if summary.interrupted => INTERRUPTED,
-        () if summary.failed > 0 || nothing_ran => FAILED,
+        () if summary.failed > 0 => FAILED,
         () => 0,
     }
 }

@@ -85,8 +85,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8, Problem> {
 }
 
 fn soak(arguments: &Arguments) -> Result<Soak, Problem> {
-    if arguments.chosen.backend == Backend::Process {
-        return Err(Problem::usage("the process backend has no machines to restore or fork"));
+    if matches!(arguments.chosen.backend, Backend::Process | Backend::Libkrun) {
+        return Err(Problem::usage("this backend has no machines to restore or fork"));
     }
     let (what, most) = match arguments.what {
         What::Restore => (Repeated::Restore, MOST_ROUNDS),

@@ -8,7 +8,7 @@ use super::{
 use crate::os::{Errno, GuestOs, SpawnSpec, Spawned, SysResult};
 use bytes::BytesMut;
 use vm_guest_protocol::{
-    EntryKind, ExecSpec, GuestError, GuestErrorKind, MAX_DATA, StatEntry, UserSpec,
+    EntryKind, ExecSpec, GuestError, GuestErrorKind, MAX_DATA, MAX_LIMITS, StatEntry, UserSpec,
 };
 use vm_planted_bugs::{Bug, planted};
 
@@ -20,14 +20,14 @@ const MAX_PASSWD: usize = 4 << 20;
 /// Starts a program.
 pub(super) fn spawn(request: ExecSpec, os: &mut dyn GuestOs) -> Result<Spawned, GuestError> {
     check(&request)?;
-    let ExecSpec { program, args, env, cwd, user, tty, stdin, .. } = request;
+    let ExecSpec { program, args, env, cwd, user, tty, stdin, limits, .. } = request;
     let ids = user.map(|user| ids_of(user, os)).transpose()?;
     let cwd = cwd.unwrap_or_else(|| "/".to_owned());
     check_directory(&cwd, ids, os)?;
     let mut argv = Vec::with_capacity(args.len() + 1);
     argv.push(program);
     argv.extend(args);
-    let mut spec = SpawnSpec { path: String::new(), argv, env, cwd, ids, tty, stdin };
+    let mut spec = SpawnSpec { path: String::new(), argv, env, cwd, ids, tty, stdin, limits };
     let spawned = spawn_first(&mut spec, os)?;
     if tty.is_some() && !stdin {
         // A terminal is its own standard input, and the host will not end it.
@@ -46,7 +46,12 @@ fn check(request: &ExecSpec) -> Result<(), GuestError> {
         || request
             .env
             .iter()
-            .any(|(name, value)| name.is_empty() || name.contains('=') || nul(name) || nul(value));
+            .any(|(name, value)| name.is_empty() || name.contains('=') || nul(name) || nul(value))
+        || request.limits.iter().enumerate().any(|(index, limit)| {
+            usize::from(limit.resource) >= MAX_LIMITS
+                || limit.soft > limit.hard
+                || request.limits[..index].iter().any(|other| other.resource == limit.resource)
+        });
     if bad { Err(refused(GuestErrorKind::InvalidArgument, &request.program)) } else { Ok(()) }
 }
 

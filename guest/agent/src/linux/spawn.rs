@@ -7,7 +7,7 @@ use rustix::{
     fs::{Gid, Mode, OFlags, Uid},
     io::Errno as Sys,
     pipe::PipeFlags,
-    process::{Pid, Signal},
+    process::{Pid, Resource, Rlimit, Signal},
     pty::OpenptFlags,
     stdio::{dup2_stderr, dup2_stdin, dup2_stdout},
     termios::Winsize,
@@ -17,7 +17,7 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd},
     time::Duration,
 };
-use vm_guest_protocol::TermSize;
+use vm_guest_protocol::{MAX_LIMITS, ResourceLimit, TermSize};
 
 /// How often a program file that is open for writing is tried again, and how long after.
 const BUSY_TRIES: u32 = 5;
@@ -97,10 +97,15 @@ fn spawn_once(spec: &SpawnSpec, scope: Scope, signals: &[i32]) -> SysResult<Star
         None => pipes(spec.stdin)?,
     };
     let ids = other_ids(spec)?;
+    let limits = spec.limits.iter().map(limit_of).collect::<SysResult<Vec<_>>>()?;
     let parent = rustix::process::getpid();
     let prepare = || -> rustix::io::Result<()> {
         rustix::process::setsid()?;
         theirs.become_standard()?;
+        // Another user might not raise them.
+        for (resource, limit) in &limits {
+            rustix::process::setrlimit(*resource, *limit)?;
+        }
         if let Some((uid, gid)) = ids {
             become_user(uid, gid)?;
         }
@@ -160,6 +165,33 @@ impl Theirs {
             Self::Terminal(_) => rustix::process::ioctl_tiocsctty(rustix::stdio::stdin()),
         }
     }
+}
+
+/// What can be limited, in the order of the numbers that Linux has for it.
+const RESOURCES: [Resource; MAX_LIMITS] = [
+    Resource::Cpu,
+    Resource::Fsize,
+    Resource::Data,
+    Resource::Stack,
+    Resource::Core,
+    Resource::Rss,
+    Resource::Nproc,
+    Resource::Nofile,
+    Resource::Memlock,
+    Resource::As,
+    Resource::Locks,
+    Resource::Sigpending,
+    Resource::Msgqueue,
+    Resource::Nice,
+    Resource::Rtprio,
+    Resource::Rttime,
+];
+
+/// Puts a limit into the terms of the call that sets it.
+fn limit_of(limit: &ResourceLimit) -> SysResult<(Resource, Rlimit)> {
+    let resource = RESOURCES.get(usize::from(limit.resource)).ok_or(Errno::INVAL)?;
+    let amount = |amount: u64| (amount != ResourceLimit::NONE).then_some(amount);
+    Ok((*resource, Rlimit { current: amount(limit.soft), maximum: amount(limit.hard) }))
 }
 
 /// Becomes another user without supplementary groups, for good. Safe between vfork and exec.

@@ -11,7 +11,8 @@ use vm_guest_agent::{
     os::{ChildExit, Errno},
 };
 use vm_guest_protocol::{
-    Channel, ExecSpec, Frame, GuestErrorKind as Kind, ProcessExit, Request, TermSize, UserSpec,
+    Channel, ExecSpec, Frame, GuestErrorKind as Kind, ProcessExit, Request, ResourceLimit,
+    TermSize, UserSpec,
 };
 
 fn failure(spec: ExecSpec) -> Kind {
@@ -169,6 +170,15 @@ fn senseless_requests_are_refused() {
     let base = || exec(&["echo"]);
     let env =
         |name: &str, value: &str| ExecSpec { env: vec![(name.into(), value.into())], ..base() };
+    let limits = |limits: &[(u8, u64, u64)]| {
+        let limits = limits.iter();
+        let limits = limits.map(|(resource, soft, hard)| ResourceLimit {
+            resource: *resource,
+            soft: *soft,
+            hard: *hard,
+        });
+        ExecSpec { limits: limits.collect(), ..base() }
+    };
     for spec in [
         exec(&[""]),
         exec(&["ec\0ho"]),
@@ -179,6 +189,9 @@ fn senseless_requests_are_refused() {
         env("A\0", "x"),
         env("A", "\0"),
         ExecSpec { cwd: Some("/\0".into()), ..base() },
+        limits(&[(16, 0, 0)]),
+        limits(&[(0, 2, 1)]),
+        limits(&[(7, 1, 1), (7, 1, 2)]),
     ] {
         assert_eq!(failure_in(&mut host, spec.clone()), Kind::InvalidArgument, "{spec:?}");
     }

@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// File, packing and direct dependencies of each module.
-const MODULES: [(&str, &str, Packing, &[&str]); 9] = [
+const MODULES: [(&str, &str, Packing, &[&str]); 11] = [
     ("kernel/drivers/virtio/virtio_ring.ko", "virtio_ring", Packing::None, &[]),
     ("kernel/drivers/virtio/virtio.ko.xz", "virtio", Packing::Xz, &["virtio_ring"]),
     (
@@ -31,6 +31,8 @@ const MODULES: [(&str, &str, Packing, &[&str]); 9] = [
     ("kernel/drivers/virtio_blk.ko", "virtio_blk", Packing::None, &["virtio"]),
     ("kernel/drivers/virtio-rng.ko", "virtio_rng", Packing::None, &["rng-core", "virtio"]),
     ("kernel/fs/overlay.ko", "overlay", Packing::None, &[]),
+    ("kernel/fs/fuse/fuse.ko", "fuse", Packing::None, &[]),
+    ("kernel/fs/fuse/virtiofs.ko.xz", "virtiofs", Packing::Xz, &["fuse", "virtio"]),
 ];
 
 fn content(name: &str, dependencies: &[&str]) -> Vec<u8> {
@@ -114,6 +116,11 @@ fn modules_are_found_beside_the_kernel_and_loaded_in_order() {
         );
         assert_eq!(image.modules_for(&[Need::Ext4]), Vec::<String>::new(), "built in");
         assert_eq!(image.modules_for(&[Need::Overlay]), ["/twinvm/modules/overlay.ko"]);
+        let shares = image.modules_for(&[Need::Shares]);
+        assert!(shares.ends_with(&[
+            "/twinvm/modules/fuse.ko".to_owned(),
+            "/twinvm/modules/virtiofs.ko".to_owned()
+        ]));
     }
 }
 

@@ -1,6 +1,6 @@
 use super::*;
 use crate::message::{
-    EntryKind, ExecSpec, GuestErrorKind, ProcessEntry, StatEntry, TermSize, UserSpec,
+    EntryKind, ExecSpec, GuestErrorKind, ProcessEntry, ResourceLimit, StatEntry, TermSize, UserSpec,
 };
 use proptest::{collection::vec, option, prelude::*};
 
@@ -22,9 +22,15 @@ fn exec() -> impl Strategy<Value = ExecSpec> {
         option::of(user),
         option::of(size()),
         any::<(Option<u64>, bool, bool)>(),
+        vec(any::<(u8, u64, u64)>(), 0..=crate::MAX_LIMITS),
     )
-        .prop_map(|((program, args, env, cwd), user, tty, (timeout_ns, stdin, lazy_start))| {
-            ExecSpec { program, args, env, cwd, user, tty, timeout_ns, stdin, lazy_start }
+        .prop_map(|((program, args, env, cwd), user, tty, others, limits)| {
+            let (timeout_ns, stdin, lazy_start) = others;
+            let limits = limits
+                .into_iter()
+                .map(|(resource, soft, hard)| ResourceLimit { resource, soft, hard })
+                .collect();
+            ExecSpec { program, args, env, cwd, user, tty, timeout_ns, stdin, limits, lazy_start }
         })
 }
 

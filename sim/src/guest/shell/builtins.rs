@@ -33,7 +33,7 @@ impl Shell {
         let arguments = words.get(1..).unwrap_or_default();
         let before = std::mem::take(&mut self.status);
         match words[0].as_str() {
-            ":" | "ulimit" | "times" | "hash" | "jobs" => {}
+            ":" | "times" | "hash" | "jobs" => {}
             "break" => self.leave_loops(sys, arguments, false),
             "continue" => self.leave_loops(sys, arguments, true),
             "return" => self.return_from(sys, arguments, before),
@@ -57,6 +57,7 @@ impl Shell {
             "type" => self.type_of(sys, arguments),
             "read" => self.read(arguments),
             "wait" => self.wait(arguments),
+            "ulimit" => self.ulimit(sys, arguments),
             "umask" => self.umask(sys, arguments),
             "local" => self.local(sys, arguments),
             "let" => self.not_supported("let"),

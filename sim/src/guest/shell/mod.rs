@@ -14,6 +14,7 @@ mod pattern;
 mod redirect;
 mod run;
 mod simple;
+mod ulimit;
 
 use super::{
     applets::Out,

@@ -124,10 +124,13 @@ fn on_model(model: &mut Model, change: &Change) -> Result<(), Errno> {
 
 fn rename(model: &mut Model, from: &str, to: &str) -> Result<(), Errno> {
     parent(model, from)?;
-    let is_dir = model.get(from).ok_or(Errno::NOENT)?.is_none();
     parent(model, to)?;
+    let is_dir = model.get(from).ok_or(Errno::NOENT)?.is_none();
     if is_dir && to.starts_with(&format!("{from}/")) {
         return Err(Errno::INVAL);
+    }
+    if from.starts_with(&format!("{to}/")) {
+        return Err(Errno::NOTEMPTY);
     }
     if from == to {
         return Ok(());

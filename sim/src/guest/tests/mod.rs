@@ -3,6 +3,7 @@
 mod boundary;
 mod files;
 mod scripts;
+mod shares;
 mod state;
 mod timing;
 
@@ -18,6 +19,7 @@ pub(super) fn config() -> OsConfig {
         seed: [7; 32],
         max_processes: 256,
         disks: Vec::new(),
+        shares: Vec::new(),
     }
 }
 
@@ -39,6 +41,7 @@ pub(super) fn spec(argv: &[&str]) -> SpawnSpec {
         ids: None,
         tty: None,
         stdin: false,
+        limits: Vec::new(),
     }
 }
 

@@ -1,7 +1,7 @@
 //! The agent as the first process of a machine.
 //!
 //! [`run`] does what [`BootConfig`] says, in this order: what Linux programs expect below `/dev`, `/proc`, `/sys`
-//! and `/run`; kernel modules; the root; `/tmp`; disks; then it listens on vsock and serves until the machine ends.
+//! and `/run`; kernel modules; the root; `/tmp`; disks; host directories; then it listens on vsock and serves until the machine ends.
 //!
 //! # When something fails
 //!
@@ -26,6 +26,7 @@ mod end;
 mod modules;
 mod mounts;
 mod root;
+mod shares;
 
 pub(super) use end::{Ending, end_machine};
 
@@ -111,6 +112,7 @@ fn set_up(started: Instant) -> Result<Listener, Failed> {
     };
     mounts::temporary(read_only)?;
     disks::mount_all(&config.disks)?;
+    shares::mount_all(&config.shares)?;
     remove_image_dir();
     if let BootRoot::Initial { read_only: true } = config.root {
         mounts::forbid_writing("/")?;

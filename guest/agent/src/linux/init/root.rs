@@ -52,7 +52,8 @@ pub(super) fn enter(config: &BootConfig) -> Result<(), Failed> {
 /// Lists the directories that are to be mounted on and that the disk does not have.
 fn missing_places(config: &BootConfig) -> Vec<PathBuf> {
     let disks = config.disks.iter().map(|disk| disk.mount.trim_start_matches('/'));
-    let places = mounts::PLACES.into_iter().chain(disks).map(PathBuf::from);
+    let shares = config.shares.iter().map(|share| share.mount.trim_start_matches('/'));
+    let places = mounts::PLACES.into_iter().chain(disks).chain(shares).map(PathBuf::from);
     places.filter(|place| !Path::new(LOWER).join(place).is_dir()).collect()
 }
 

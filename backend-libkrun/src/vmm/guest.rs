@@ -1,0 +1,304 @@
+//! [`Guest`]: the child in which libkrun runs the machine, from outside and from inside.
+
+use super::{
+    context::Context,
+    freeze::{self, Freezer},
+    place::path_of,
+    plan::Plan,
+};
+use rustix::{
+    fs::OFlags,
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType},
+    pipe::PipeFlags,
+    process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus},
+    stdio::dup2_stderr,
+};
+use std::{
+    ffi::CString,
+    fs::{self, File},
+    io::{self, Write},
+    os::{
+        fd::{AsFd, BorrowedFd, IntoRawFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    process, thread,
+    time::{Duration, Instant},
+};
+use vm_guest_protocol::AGENT_PORT;
+use vm_launcher::inside::{
+    process::name_thread,
+    split::{Side, keep_only, split},
+};
+
+/// The name of the agent's socket in the machine's place.
+const SOCKET: &str = "agent";
+
+/// How long a machine that was just started may take until it can be paused: libkrun is still making it.
+const BEGINNING: Duration = Duration::from_secs(20);
+
+/// How long anything else may take that the child is told.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+const LOOK: Duration = Duration::from_millis(1);
+
+/// The child, which is killed and reaped when this is dropped.
+#[derive(Debug)]
+pub(super) struct Guest {
+    pid: Pid,
+    exact: OwnedFd,
+    freezer: Freezer,
+    /// What the guest prints.
+    pub(super) console: File,
+    /// What libkrun says, and why it could not start.
+    pub(super) words: File,
+    plan: Plan,
+    /// Whether what the machine boots from was given back.
+    booted: bool,
+    ended: Option<Option<WaitIdStatus>>,
+}
+
+impl Guest {
+    /// Starts the child. In the child, it never returns.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(super) fn start(plan: Plan, name: &str) -> io::Result<Self> {
+        let (console, its_console) = pipe()?;
+        let (words, its_words) = pipe()?;
+        let (freezer, orders) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        let launcher = rustix::process::getpid();
+        match split()? {
+            Side::Original(pid) => {
+                let exact = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
+                let guest = Self {
+                    pid,
+                    exact,
+                    freezer: Freezer(freezer),
+                    console,
+                    words,
+                    plan,
+                    booted: false,
+                    ended: None,
+                };
+                Ok(guest)
+            }
+            Side::Copy => {
+                // What a panic would tell goes to the launcher, which tells the owner.
+                let _ = std::panic::take_hook();
+                let why =
+                    match become_machine(&plan, name, launcher, its_console, &its_words, orders) {
+                        Ok(never) => match never {},
+                        Err(error) => error,
+                    };
+                let _ = File::from(its_words).write_all(why.to_string().as_bytes());
+                process::exit(1);
+            }
+        }
+    }
+
+    /// Gives a descriptor that becomes readable when it has ended.
+    pub(super) fn exact(&self) -> BorrowedFd<'_> {
+        self.exact.as_fd()
+    }
+
+    /// Opens a stream to the agent, which ends at once where it does not listen; nothing where nobody takes streams.
+    pub(super) fn connect(&mut self) -> io::Result<Option<OwnedFd>> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket =
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        let address = SocketAddrUnix::new(self.plan.place.path(SOCKET))?;
+        use rustix::io::Errno;
+        match rustix::net::connect(&socket, &address) {
+            Ok(()) => {
+                self.give_back();
+                Ok(Some(socket))
+            }
+            Err(Errno::NOENT | Errno::CONNREFUSED | Errno::AGAIN) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Gives back the memory of what the machine booted from, once it has: the guest has asked for its devices.
+    fn give_back(&mut self) {
+        if !self.booted {
+            self.booted = true;
+            let _ = self.plan.initrd.set_len(0);
+        }
+    }
+
+    /// Has the guest stand still, with its clock.
+    ///
+    /// # Errors
+    /// Why it does not; then it runs.
+    pub(super) fn pause(&self) -> io::Result<()> {
+        let end = Instant::now() + BEGINNING;
+        while let Err(error) = self.freezer.hold(PATIENCE) {
+            if Instant::now() >= end || self.is_over() {
+                return Err(error);
+            }
+            thread::sleep(LOOK);
+        }
+        self.signal(Signal::STOP)?;
+        let options = WaitIdOptions::STOPPED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let seen = rustix::process::waitid(WaitId::PidFd(self.exact.as_fd()), options)?;
+            if seen.is_some_and(|seen| seen.stopped()) {
+                return Ok(());
+            }
+            if Instant::now() >= end || self.is_over() {
+                let _ = self.resume();
+                return Err(io::Error::other("the machine's process does not stop"));
+            }
+            thread::sleep(LOOK);
+        }
+    }
+
+    /// Lets the guest go on.
+    ///
+    /// # Errors
+    /// When the child does not answer.
+    pub(super) fn resume(&self) -> io::Result<()> {
+        self.signal(Signal::CONT)?;
+        self.freezer.release(PATIENCE)
+    }
+
+    /// Says whether the guest stands where it stood when this was last asked, deaf to interrupts: nothing wakes it any more.
+    pub(super) fn stands(&self) -> bool {
+        self.freezer.stands(PATIENCE).is_ok()
+    }
+
+    /// Says what it used: time on processors, and memory that is resident.
+    ///
+    /// # Errors
+    /// When the host does not tell.
+    pub(super) fn usage(&self) -> io::Result<(Duration, u64)> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid.as_raw_nonzero()))?;
+        usage_in(&stat).ok_or_else(|| io::Error::other("the host's process table is unreadable"))
+    }
+
+    /// Waits for its end, and says how it was.
+    pub(super) fn reap(&mut self) -> Option<WaitIdStatus> {
+        if let Some(ended) = self.ended {
+            return ended;
+        }
+        let waited = rustix::io::retry_on_intr(|| {
+            rustix::process::waitid(WaitId::PidFd(self.exact.as_fd()), WaitIdOptions::EXITED)
+        });
+        let status = waited.ok().flatten();
+        self.ended = Some(status);
+        status
+    }
+
+    fn is_over(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let mut exit = [PollFd::new(&self.exact, PollFlags::IN)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        matches!(poll(&mut exit, Some(&now)), Ok(1..))
+    }
+
+    fn signal(&self, signal: Signal) -> io::Result<()> {
+        Ok(rustix::process::pidfd_send_signal(&self.exact, signal)?)
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        if self.ended.is_none() {
+            let _ = self.signal(Signal::KILL);
+            self.reap();
+        }
+    }
+}
+
+/// What never comes.
+enum Never {}
+
+/// Describes the machine to libkrun and enters it, in the child.
+fn become_machine(
+    plan: &Plan,
+    name: &str,
+    launcher: Pid,
+    console: OwnedFd,
+    words: &OwnedFd,
+    orders: OwnedFd,
+) -> io::Result<Never> {
+    // Also a stopped process ends by it, and the launcher's only thread is its parent for as long as it lives.
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    if rustix::process::getppid() != Some(launcher) {
+        return Err(io::Error::other("the launcher is gone"));
+    }
+    dup2_stderr(words)?;
+    let mut kept = plan.fds();
+    kept.extend([console.as_fd(), words.as_fd(), orders.as_fd()]);
+    keep_only(&kept)?;
+    name_thread(&format!("krun-{name}"));
+    freeze::start_keeper(orders, plan.vcpus)?;
+    let context = Context::new().map_err(io::Error::other)?;
+    let described = (|| {
+        context.set_size(plan.vcpus, plan.memory_mib)?;
+        let (kernel, initrd) = (path_of(&plan.kernel), path_of(&plan.initrd));
+        context.set_kernel(&kernel, &initrd, &plan.cmdline)?;
+        context.add_serial_port(console.into_raw_fd())?;
+        for disk in &plan.disks {
+            context.add_disk(&disk.serial, &path_of(&disk.file), disk.read_only)?;
+        }
+        for share in &plan.shares {
+            // The dot has the link to the descriptor followed.
+            let mut path = path_of(&share.directory).into_bytes();
+            path.extend(b"/.");
+            let path = CString::new(path).unwrap_or_default();
+            context.add_share(&share.tag, &path, share.read_only)?;
+        }
+        let socket = plan.place.path(SOCKET);
+        let socket = CString::new(socket.as_os_str().as_bytes()).unwrap_or_default();
+        context.add_vsock(AGENT_PORT, &socket)
+    })();
+    described.map_err(io::Error::other)?;
+    Err(io::Error::other(context.enter()))
+}
+
+/// Makes a pipe that is read without waiting.
+fn pipe() -> io::Result<(File, OwnedFd)> {
+    let (ours, its) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
+    let flags = rustix::fs::fcntl_getfl(&ours)?;
+    rustix::fs::fcntl_setfl(&ours, flags | OFlags::NONBLOCK)?;
+    Ok((File::from(ours), its))
+}
+
+/// Finds time on processors and resident memory in what proc(5) says of a process.
+fn usage_in(stat: &str) -> Option<(Duration, u64)> {
+    // The name may hold anything; the fields after it are counted from the third.
+    let fields: Vec<_> = stat.get(stat.rfind(')')? + 1..)?.split_whitespace().collect();
+    let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
+    let second = rustix::param::clock_ticks_per_second().max(1);
+    let ticks = field(14)?.saturating_add(field(15)?);
+    let time = Duration::from_nanos(ticks.saturating_mul(1_000_000_000 / second));
+    let page = u64::try_from(rustix::param::page_size()).ok()?;
+    Some((time, field(24)?.saturating_mul(page)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn usage_is_found_whatever_the_name() {
+        let mut fields: Vec<String> = (3..=52).map(|number| number.to_string()).collect();
+        fields[11] = "100".to_owned();
+        fields[12] = "50".to_owned();
+        fields[21] = "7".to_owned();
+        let stat = format!("12 (a) b (c)) {}\n", fields.join(" "));
+        let (time, memory) = usage_in(&stat).unwrap();
+        let second = rustix::param::clock_ticks_per_second();
+        assert_eq!(time, Duration::from_nanos(150 * (1_000_000_000 / second)));
+        assert_eq!(memory, 7 * rustix::param::page_size() as u64);
+        assert_eq!(usage_in("12 (a) 3 4"), None);
+        assert_eq!(usage_in(""), None);
+    }
+}

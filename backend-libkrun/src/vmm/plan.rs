@@ -1,0 +1,205 @@
+//! [`Plan`]: what a machine is made of.
+
+use super::place::{Place, confined};
+use rustix::fs::MemfdFlags;
+use std::{
+    ffi::CString,
+    fs::File,
+    io::{self, Seek},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
+use vm_launcher::{
+    cmdline,
+    control::{MachineSetUp, Refusal},
+    inside::{
+        console::{Console, check_ring},
+        refuse::{config, failed},
+    },
+};
+
+/// The longest command line that Linux on x86-64 reads, with its null.
+const CMDLINE_BYTES: usize = 2048;
+
+/// A page of the guest's memory.
+const PAGE: u64 = 4096;
+
+/// The longest word with which libkrun announces a device, with its space.
+const DEVICE_WORD: usize = " virtio_mmio.device=4K@0x123456789:99".len();
+
+/// The devices that libkrun adds beside the disks: balloon, entropy, vsock.
+const OWN_DEVICES: usize = 3;
+
+/// How many devices more libkrun has interrupt lines for.
+const MOST_OTHERS: usize = 8;
+
+/// Spaces and dashes that libkrun adds.
+const SEPARATORS: usize = 16;
+
+/// What a machine is made of.
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) vcpus: u8,
+    pub(super) memory_mib: u32,
+    pub(super) cmdline: CString,
+    pub(super) kernel: OwnedFd,
+    pub(super) initrd: File,
+    pub(super) disks: Vec<Disk>,
+    pub(super) shares: Vec<Share>,
+    pub(super) place: Place,
+}
+
+/// A disk of a machine.
+#[derive(Debug)]
+pub(super) struct Disk {
+    pub(super) serial: CString,
+    pub(super) read_only: bool,
+    pub(super) file: OwnedFd,
+}
+
+/// A directory of the host that the guest sees.
+#[derive(Debug)]
+pub(super) struct Share {
+    pub(super) tag: CString,
+    pub(super) read_only: bool,
+    pub(super) directory: OwnedFd,
+}
+
+impl Plan {
+    /// Takes a description apart, and makes the console.
+    ///
+    /// # Errors
+    /// [`Refusal::Config`] with the field, [`Refusal::Exhausted`] or [`Refusal::Failed`].
+    pub(super) fn new(
+        set_up: &MachineSetUp,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(Self, Console), Refusal> {
+        let others = set_up.disks.len() + set_up.shares.len();
+        if others > MOST_OTHERS {
+            let reason =
+                format!("{others} disks and mounts, libkrun has interrupts for {MOST_OTHERS}");
+            return Err(config("disks", reason));
+        }
+        let mut fds = fds.into_iter();
+        let mut next = |what: &str| fds.next().ok_or_else(|| config(what, "no descriptor came"));
+        let kernel = next("kernel")?;
+        let mut parts = Vec::new();
+        for _ in 0..set_up.initrd_parts {
+            parts.push(File::from(next("initrd")?));
+        }
+        let ring = File::from(next("console")?);
+        check_ring(&ring, set_up.console_ring_bytes)
+            .map_err(|error| config("console", error.to_string()))?;
+        let log = match set_up.console_file {
+            true => Some((File::from(next("console_file")?), set_up.console_file_limit)),
+            false => None,
+        };
+        let mut disks = Vec::new();
+        for disk in &set_up.disks {
+            let serial = CString::new(disk.serial.as_str())
+                .map_err(|error| config("disks", error.to_string()))?;
+            disks.push(Disk { serial, read_only: disk.read_only, file: next("disks")? });
+        }
+        let place = Place::new();
+        let place = place.map_err(|error| failed("a place for the agent's socket", error))?;
+        let mut shares = Vec::new();
+        for share in &set_up.shares {
+            let tag = CString::new(share.tag.as_str())
+                .map_err(|error| config("mounts", error.to_string()))?;
+            let directory = confined(&next("mounts")?, share.read_only)
+                .map_err(|error| failed("a mount of its own for a host directory", error))?;
+            shares.push(Share { tag, read_only: share.read_only, directory });
+        }
+        if fds.next().is_some() {
+            return Err(Refusal::Failed("too many descriptors came".to_owned()));
+        }
+        let initrd = joined(parts).map_err(|error| failed("initial RAM disk", error))?;
+        let length = initrd.metadata().map_err(|error| failed("initial RAM disk", error))?.len();
+        // Libkrun does not survive one that is larger than memory; what fits beside it is for the kernel to say.
+        if length >= u64::from(set_up.memory_mib) << 20 {
+            let reason =
+                format!("{} MiB do not hold {length} bytes to start from", set_up.memory_mib);
+            return Err(config("memory_mib", reason));
+        }
+        let console = Console::new(ring, set_up.console_ring_bytes, log);
+        let plan = Self {
+            vcpus: set_up.vcpus,
+            memory_mib: set_up.memory_mib,
+            cmdline: command_line(&set_up.cmdline, others)?,
+            kernel,
+            initrd,
+            disks,
+            shares,
+            place,
+        };
+        Ok((plan, console))
+    }
+
+    /// Lists all its descriptors.
+    pub(super) fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        let mut fds = vec![self.kernel.as_fd(), self.initrd.as_fd(), self.place.as_fd()];
+        fds.extend(self.disks.iter().map(|disk| disk.file.as_fd()));
+        fds.extend(self.shares.iter().map(|share| share.directory.as_fd()));
+        fds
+    }
+}
+
+/// Puts the command line together, without what libkrun adds at its end.
+fn command_line(user: &str, others: usize) -> Result<CString, Refusal> {
+    // What comes after either is no word for the kernel, and libkrun has some to add.
+    if user.split_whitespace().any(|word| word == "--") {
+        return Err(config("cmdline", "`--` would hide the devices from the kernel"));
+    }
+    if !user.matches('"').count().is_multiple_of(2) {
+        return Err(config("cmdline", "a quotation mark is not closed"));
+    }
+    let line = cmdline::line(user, []);
+    let added = SEPARATORS + DEVICE_WORD * (OWN_DEVICES + others);
+    cmdline::check(user, &line, CMDLINE_BYTES.saturating_sub(added))?;
+    CString::new(line).map_err(|error| config("cmdline", error.to_string()))
+}
+
+/// Puts the parts of an initial RAM disk one after the other into a file in memory, each at a multiple of 4.
+fn joined(parts: Vec<File>) -> io::Result<File> {
+    let whole = rustix::fs::memfd_create("twinvm-initrd", MemfdFlags::CLOEXEC)?;
+    let mut whole = File::from(whole);
+    for mut part in parts {
+        let at = whole.stream_position()?.next_multiple_of(4);
+        whole.set_len(at)?;
+        whole.seek(io::SeekFrom::Start(at))?;
+        part.rewind()?;
+        io::copy(&mut part, &mut whole)?;
+    }
+    // Libkrun lets it end where memory does, and it has to begin with a page.
+    let length = whole.stream_position()?.next_multiple_of(PAGE);
+    whole.set_len(length)?;
+    Ok(whole)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{io::Write, os::unix::fs::FileExt};
+
+    fn file(content: &[u8]) -> File {
+        let mut file = File::from(rustix::fs::memfd_create("part", MemfdFlags::CLOEXEC).unwrap());
+        file.write_all(content).unwrap();
+        file
+    }
+
+    #[test]
+    fn parts_are_joined_at_multiples_of_four() {
+        let whole = joined(vec![file(b"abcde"), file(b""), file(b"fg")]).unwrap();
+        let mut bytes = [1; 10];
+        whole.read_exact_at(&mut bytes, 0).unwrap();
+        assert_eq!(&bytes, b"abcde\0\0\0fg");
+        assert_eq!(whole.metadata().unwrap().len(), PAGE);
+    }
+
+    #[test]
+    fn words_that_would_hide_devices_are_refused() {
+        assert!(command_line("quiet a=\"b c\"", 2).is_ok());
+        for user in ["quiet -- x", "--", "a=\"b", &"x".repeat(2000), "ä"] {
+            assert!(matches!(command_line(user, 2), Err(Refusal::Config { .. })), "{user}");
+        }
+    }
+}
