@@ -30,15 +30,11 @@ fn calls(script: &Script) -> Vec<&Act> {
 #[test]
 fn a_lie_is_found_and_shrinks_to_a_program_that_shows_it() {
     let (liar, profile) = (liar(), profile_on(&liar()));
-    // A copy that stands still is resumed too, by a longer way.
-    let copied = |script: &Script| {
-        calls(script).iter().any(|act| matches!(act, Act::Restore { .. } | Act::Revive { .. }))
-    };
-    let failed = (0..400).map(|seed| generate::script(seed, &profile)).find_map(|script| {
-        let trial = (!copied(&script)).then(|| Trial::of(script, &liar, Detail::Fingerprint))?;
+    let failed = (0..200).find_map(|seed| {
+        let trial = Trial::of(generate::script(seed, &profile), &liar, Detail::Fingerprint);
         trial.failure().is_some().then_some(trial)
     });
-    let failed = failed.expect("400 histories do not find it");
+    let failed = failed.expect("200 histories do not find it");
     let honest = Trial::of(failed.script.clone(), &sim(), Detail::Fingerprint);
     assert_eq!(honest.failure(), None, "{}", honest.text());
     let sort = failed.failure();
@@ -48,9 +44,10 @@ fn a_lie_is_found_and_shrinks_to_a_program_that_shows_it() {
     let text = program::program(&shrunk.script);
     assert!(shrunk.took < Duration::from_secs(11), "it took {:?}", shrunk.took);
     assert!(shrunk.is_minimal, "not minimal after {} tries:\n{text}", shrunk.tried);
-    // A machine that runs, a pause, a resume, two writes, and what sees that the second is not there.
+    // A machine that runs, a pause or a copy that stands still, a resume, two writes, and what sees that the second is
+    // not there.
     let size = shrunk.script.size();
-    assert!(size <= 7, "{size} operations are left of {}:\n{text}", failed.script.size());
+    assert!(size <= 9, "{size} operations are left of {}:\n{text}", failed.script.size());
     let left = calls(&shrunk.script);
     let resumed = left.iter().any(|act| matches!(act, Act::Resume));
     let writes = left.iter().filter(|act| matches!(act, Act::Write { .. })).count();
