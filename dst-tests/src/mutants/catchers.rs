@@ -60,7 +60,9 @@ pub fn catchers(bug: Bug) -> &'static [&'static str] {
         Bug::OneByteOverLimit => &["exec.output_limit"],
         Bug::MachineEnvironmentWins => &["exec.environment_exact"],
         Bug::DetachIsForgotten | Bug::AttachBeginsAnew => &["process.detached_lives_on"],
-        Bug::RepeatedOutputIsKept => &["process.unread_output_over_broken_link"],
+        Bug::RepeatedOutputIsKept => {
+            &["process.unread_output_over_broken_link", "process.broken_link_unseen"]
+        }
         Bug::InputIsNotRepeated => &["process.broken_link_unseen"],
         Bug::EofIsNotRepeated => &["files.sizes"],
         Bug::CreditLeaks
@@ -68,7 +70,8 @@ pub fn catchers(bug: Bug) -> &'static [&'static str] {
         | Bug::InputIsCountedShort
         | Bug::OffsetsWrap
         | Bug::FullPipeLosesBytes => &["exec.megabytes_both_ways"],
-        Bug::RequestIsNotRepeated | Bug::RequestRunsAgain => &["exec.runs_once"],
+        Bug::RequestIsNotRepeated => &["exec.runs_once"],
+        Bug::RequestRunsAgain => &["exec.runs_once", "files.sizes"],
         Bug::DroppedStaysOpen | Bug::DoomedLivesOn | Bug::KillMissesChildren => {
             &["exec.dropped_kills_group"]
         }

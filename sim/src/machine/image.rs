@@ -80,7 +80,8 @@ impl Generations {
     }
 }
 
-/// Gives offset and end of the runs of pages that are to be written, each of at most [`PIECE`] bytes.
+/// Gives offset and end of the runs of pages that are to be written, each of at most [`PIECE`] bytes, and none with both
+/// pages of zeros and others.
 fn runs(state: &[u8], mut wanted: impl FnMut(usize, &[u8]) -> bool) -> VecDeque<(usize, usize)> {
     let mut runs: VecDeque<(usize, usize)> = VecDeque::new();
     for (number, page) in state.chunks(PAGE).enumerate() {
@@ -89,11 +90,21 @@ fn runs(state: &[u8], mut wanted: impl FnMut(usize, &[u8]) -> bool) -> VecDeque<
         }
         let (start, end) = (number * PAGE, number * PAGE + page.len());
         match runs.back_mut() {
-            Some((first, last)) if *last == start && start - *first < PIECE => *last = end,
+            Some((first, last))
+                if *last == start
+                    && start - *first < PIECE
+                    && is_zero(&state[*first..*first + PAGE]) == is_zero(page) =>
+            {
+                *last = end;
+            }
             _ => runs.push_back((start, end)),
         }
     }
     runs
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes.iter().all(|byte| *byte == 0)
 }
 
 /// A guest's state as bytes, and which of them are to be written.
@@ -117,7 +128,7 @@ impl Captured for CapturedGuest {
         sections.begin_image(STATE, self.state.len() as u64).await?;
         while let Some((start, end)) = self.runs.pop_front() {
             let bytes = self.state.slice(start..end);
-            if bytes.iter().all(|byte| *byte == 0) {
+            if is_zero(&bytes) {
                 sections.zeros_at(start as u64, bytes.len() as u64).await?;
             } else {
                 sections.write_at(start as u64, bytes).await?;
