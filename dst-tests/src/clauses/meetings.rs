@@ -102,6 +102,10 @@ async fn fault_amid(ctx: &Context) -> Verdict {
         // The machine had ended before it was due.
         return Ok(());
     }
+    if FROM_OUTSIDE.contains(&kind) {
+        // On a real host that is heard of a little later.
+        ctx.within(LONG, "the end of a machine that was killed", vm.wait()).await?;
+    }
     truthful(ctx, &vm, &format!("after {kind} amid {operation}")).await
 }
 
