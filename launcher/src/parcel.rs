@@ -1,4 +1,4 @@
-//! [`Parcel`]: what a machine is made of, and how a launcher is sent it.
+//! What a machine is made of, and how a launcher is sent it.
 
 use crate::{
     control::{DiskSetUp, MachineSetUp, ShareSetUp, ToLauncher},

@@ -1,6 +1,6 @@
 //! The reference model: what machines do, told a second time and in few words.
 //!
-//! It knows nothing of how twinvm works. A [`World`] is what may be the case; [`World::regular`] says how an operation
+//! It knows nothing of how twinvm works. A `World` is what may be the case; `World::regular` says how an operation
 //! goes where nothing disturbs it. [`Checker`] keeps the set of all worlds that fit what was seen so far: calls at the
 //! same time, dropped calls and faults lead from one world to several, and what is seen next leaves only those that fit.
 
