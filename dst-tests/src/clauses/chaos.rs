@@ -245,6 +245,14 @@ async fn step(ctx: &Context, vm: &Vm, path: &str, model: &mut Model) -> Verdict 
         .err()
         .is_some_and(|error| matches!(error.kind(), VmErrorKind::InvalidState { .. }));
     let to = seen(ctx, vm).await?;
+    if model.disturbed
+        && !refused
+        && !model.stage.allows(operation)
+        && Stage::Crashed.allows(operation)
+    {
+        // The machine died just before.
+        model.enter(Stage::Crashed);
+    }
     if !model.stage.allows(operation) {
         ensure!(refused, "{operation} in {:?}: {outcome:?}", model.stage);
         return model.drift(to);
