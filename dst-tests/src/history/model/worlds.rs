@@ -64,6 +64,8 @@ pub(super) struct Keeper {
 pub(super) struct Taken {
     pub(super) guest: Guest,
     pub(super) base: Option<u32>,
+    /// The one that its file is a copy of.
+    pub(super) twin: Option<u32>,
     pub(super) deleted: bool,
     /// Requests that were under way in the guest.
     pub(super) under_way: BTreeSet<Late>,
