@@ -407,7 +407,8 @@ fn ran(guest: &Guest, program: &Program, timeout_ms: Option<u32>, limit: Option<
         Program::KillItself(signal) => {
             ends(format!("killed by {}", vm_trait::Signal(*signal)), String::new())
         }
-        Program::Cat(path) => match guest.files.read(path) {
+        // A guest takes two slashes for one, where requests of the host are refused.
+        Program::Cat(path) => match guest.files.read(&path.replace("//", "/")) {
             Ok(text) => ends("exited 0".to_owned(), text),
             Err(_) => ends("exited 1".to_owned(), String::new()),
         },

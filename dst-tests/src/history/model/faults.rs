@@ -20,6 +20,11 @@ pub(super) fn may_kill(kind: FaultKind) -> bool {
     )
 }
 
+/// Says whether a machine that a fault of this kind befell may stay paused after a capture.
+pub(super) fn may_keep_paused(kind: FaultKind) -> bool {
+    matches!(kind, FaultKind::ResumeFail | FaultKind::ResumeStuck)
+}
+
 /// Says whether a fault of this kind befalls every machine of the host.
 pub(super) fn of_host(kind: FaultKind) -> bool {
     matches!(kind, FaultKind::HostLost | FaultKind::TornWrite | FaultKind::LostSync)
