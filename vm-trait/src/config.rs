@@ -605,6 +605,16 @@ mod tests {
     }
 
     #[test]
+    fn timeouts_and_amounts_are_kept_and_shown() {
+        let mut timeouts = Timeouts::default();
+        timeouts.boot = Duration::from_secs(77);
+        let built = VmConfig::builder().with_vcpus(3).with_timeouts(timeouts.clone());
+        let config = built.build().unwrap();
+        assert_eq!((config.vcpus, config.timeouts), (3, timeouts));
+        assert_eq!(Mib(96).to_string(), "96 MiB");
+    }
+
+    #[test]
     fn each_bad_field_is_named() {
         type Change = fn(&mut VmConfig);
         let disk = |mount: &str| DiskConfig::new("d", mount);

@@ -131,3 +131,32 @@ impl fmt::Debug for GuestStream {
         f.debug_struct("GuestStream").field("port", &self.port).finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    #[tokio::test]
+    async fn bytes_go_through_whole_in_whatever_way_they_are_written() {
+        let (near, far) = tokio::io::duplex(4);
+        let mut stream = GuestStream::new(1025, Box::new(near));
+        assert_eq!(stream.port(), 1025);
+        let far = tokio::spawn(async move {
+            let mut far = far;
+            let mut all = Vec::new();
+            far.read_to_end(&mut all).await.unwrap();
+            all
+        });
+        stream.write_all(b"one after ").await.unwrap();
+        let mut pieces: &[&[u8]] = &[b"the ", b"other, ", b"gathered"];
+        while let [first, rest @ ..] = pieces {
+            let slices = [io::IoSlice::new(first)];
+            let written = stream.write_vectored(&slices).await.unwrap();
+            stream.write_all(&first[written..]).await.unwrap();
+            pieces = rest;
+        }
+        stream.shutdown().await.unwrap();
+        assert_eq!(far.await.unwrap(), b"one after the other, gathered");
+    }
+}

@@ -158,6 +158,25 @@ fn input_that_waits_from_an_earlier_stream_is_not_taken_for_the_new_one_s() {
 }
 
 #[test]
+fn input_after_the_end_that_an_earlier_stream_gave_is_not_taken() {
+    let mut host = Host::new();
+    let old = spawn(&mut host, &["sleep"]);
+    host.more_stdin(old, &[b'x'; 100_000], true);
+    host.settle();
+    host.ask(Request::Detach { process: 1 }).unwrap();
+    host.close(old);
+    host.settle();
+    let new = attach(&mut host, 1, 0, 0);
+    host.continue_stdin(new, 100_000, b"late", false);
+    let mut got = Vec::new();
+    for _ in 0..4 {
+        got.extend(host.os.procs[0].stdin.drain(..));
+        host.settle();
+    }
+    assert_eq!((got.len(), got.last()), (100_000, Some(&b'x')));
+}
+
+#[test]
 fn the_oldest_ended_processes_are_forgotten() {
     let mut host = Host::new();
     for process in 1..=70 {
@@ -206,7 +225,8 @@ fn shutdown_waits_for_processes_up_to_its_grace() {
         host.os.now += Duration::from_millis(500);
         host.settle();
         assert!(!host.os.powered_off);
-        assert!(host.core.next_deadline().is_some_and(|it| it <= Duration::from_secs(2)));
+        let next = host.core.next_deadline();
+        assert!(next.is_some_and(|it| it > host.os.now && it <= Duration::from_secs(2)));
         if obedient {
             host.os.others = false;
         } else {
