@@ -1,7 +1,7 @@
 //! Copies of a machine that stands still, each in a process of its own.
 
 use super::{
-    greet,
+    greet, heap,
     machine::{Machine, MachineState, Outside},
     memory::GuestMemory,
     process::name_thread,
@@ -99,6 +99,8 @@ impl Parcel {
         name_thread(&format!("vm-{}", set_up.name));
         let channel = greet(control)?;
         let revived = Machine::revive(set_up, outside, memory, state, &channel);
+        // What the original wrote beside its machine, and what the state took to be taken up.
+        heap::give_back();
         serve_made(revived, &channel, Vec::new())
     }
 }

@@ -41,7 +41,7 @@ mod wall_clock;
 pub(crate) use memory::end as memory_end;
 
 use std::{io, process::ExitCode};
-use vm_launcher::inside::{channel, console, greet, process, split, told};
+use vm_launcher::inside::{channel, console, greet, heap, process, split, told};
 
 /// Runs the machine that the owner on descriptor 3 describes, until its end; see [`control`](crate::control).
 ///
@@ -55,6 +55,7 @@ pub fn launcher_main() -> ExitCode {
 fn launch() -> io::Result<()> {
     let inherited = fds::take()?;
     process::detach()?;
+    heap::keep_small();
     split::leave_copies_to_kernel();
     let channel = greet(inherited.control)?;
     let served = serve::serve(&channel);

@@ -48,7 +48,10 @@ impl Channel {
     /// # Errors
     /// When the socket fails, or the packet is none of the protocol's.
     pub fn receive(&self, buffer: &mut Vec<u8>) -> io::Result<Received> {
-        buffer.resize(MAX_PACKET, 0);
+        if buffer.len() < MAX_PACKET {
+            // Fresh memory takes room only where packets come to lie in it.
+            *buffer = vec![0; MAX_PACKET];
+        }
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;

@@ -3,6 +3,7 @@
 pub mod channel;
 pub mod console;
 pub mod fds;
+pub mod heap;
 pub mod process;
 pub mod refuse;
 pub mod split;

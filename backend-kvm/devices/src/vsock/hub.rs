@@ -270,7 +270,10 @@ impl Hub {
         match (self.by_ports.get(&ports).copied(), header.op) {
             (Some(token), op::REQUEST) => self.settle(token, Fate::Reset),
             (Some(token), _) => {
-                self.scratch.resize(SCRATCH, 0);
+                if self.scratch.is_empty() {
+                    // Fresh memory takes room only where it is written.
+                    self.scratch = vec![0; SCRATCH];
+                }
                 if let Some(connection) = self.connections.get_mut(&token) {
                     let fate =
                         connection.take(header, memory, data, &mut self.scratch, &self.poll)?;
