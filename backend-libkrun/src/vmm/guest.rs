@@ -24,7 +24,7 @@ use std::{
     process, thread,
     time::{Duration, Instant},
 };
-use vm_guest_protocol::AGENT_PORT;
+use vm_guest_protocol::{AGENT_PORT, boot::BootShare};
 use vm_launcher::inside::{
     process::name_thread,
     split::{Side, keep_only, split},
@@ -219,6 +219,10 @@ impl Drop for Guest {
 /// What never comes.
 enum Never {}
 
+fn share_tag() -> CString {
+    CString::new(BootShare::TAG).unwrap_or_default()
+}
+
 /// Describes the machine to libkrun and enters it, in the child.
 fn become_machine(
     plan: &Plan,
@@ -248,12 +252,8 @@ fn become_machine(
         for disk in &plan.disks {
             context.add_disk(&disk.serial, &path_of(&disk.file), disk.read_only)?;
         }
-        for share in &plan.shares {
-            // The dot has the link to the descriptor followed.
-            let mut path = path_of(&share.directory).into_bytes();
-            path.extend(b"/.");
-            let path = CString::new(path).unwrap_or_default();
-            context.add_share(&share.tag, &path, share.read_only)?;
+        if let Some(tree) = &plan.shares {
+            context.add_share(&share_tag(), &tree.path(), tree.is_read_only())?;
         }
         let socket = plan.place.path(SOCKET);
         let socket = CString::new(socket.as_os_str().as_bytes()).unwrap_or_default();
