@@ -5,6 +5,7 @@ use super::{
     freeze::{self, Freezer},
     place::path_of,
     plan::Plan,
+    until::until,
 };
 use rustix::{
     fs::OFlags,
@@ -21,8 +22,8 @@ use std::{
         fd::{AsFd, BorrowedFd, IntoRawFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
-    process, thread,
-    time::{Duration, Instant},
+    process,
+    time::Duration,
 };
 use vm_guest_protocol::{AGENT_PORT, boot::BootShare};
 use vm_launcher::inside::{
@@ -136,27 +137,26 @@ impl Guest {
     /// # Errors
     /// Why it does not; then it runs.
     pub(super) fn pause(&self) -> io::Result<()> {
-        let end = Instant::now() + BEGINNING;
-        while let Err(error) = self.freezer.hold(PATIENCE) {
-            if Instant::now() >= end || self.is_over() {
-                return Err(error);
-            }
-            thread::sleep(LOOK);
-        }
+        let mut last = Ok(());
+        until(BEGINNING, LOOK, || {
+            last = self.freezer.hold(PATIENCE);
+            (last.is_ok() || self.is_over()).then_some(())
+        });
+        last?;
         self.signal(Signal::STOP)?;
         let options = WaitIdOptions::STOPPED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-        let end = Instant::now() + PATIENCE;
-        loop {
-            let seen = rustix::process::waitid(WaitId::PidFd(self.exact.as_fd()), options)?;
-            if seen.is_some_and(|seen| seen.stopped()) {
-                return Ok(());
+        let stopped = until(PATIENCE, LOOK, || {
+            match rustix::process::waitid(WaitId::PidFd(self.exact.as_fd()), options) {
+                Ok(seen) if seen.is_some_and(|seen| seen.stopped()) => Some(true),
+                Ok(_) => self.is_over().then_some(false),
+                Err(_) => Some(false),
             }
-            if Instant::now() >= end || self.is_over() {
-                let _ = self.resume();
-                return Err(io::Error::other("the machine's process does not stop"));
-            }
-            thread::sleep(LOOK);
+        });
+        if stopped == Some(true) {
+            return Ok(());
         }
+        let _ = self.resume();
+        Err(io::Error::other("the machine's process does not stop"))
     }
 
     /// Lets the guest go on.
