@@ -32,6 +32,7 @@ const CLAIMS: &[Capability] = &[
     Capability::Root,
     Capability::Kernel,
     Capability::ConsoleFile,
+    Capability::Mounts,
     Capability::Limits,
 ];
 

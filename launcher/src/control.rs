@@ -18,7 +18,7 @@ pub const CONTROL_FD: i32 = 3;
 pub const LIFELINE_FD: i32 = 4;
 
 /// The version of these messages; both sides must have the same.
-pub const CONTROL_VERSION: u32 = 8;
+pub const CONTROL_VERSION: u32 = 9;
 
 /// The largest packet, in bytes.
 pub const MAX_PACKET: usize = 64 << 10;
@@ -112,8 +112,8 @@ pub struct DiskSetUp {
 /// A directory of the host that the guest sees; it comes as a descriptor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShareSetUp {
-    /// The tag that the guest finds it by.
-    pub tag: String,
+    /// The name that the guest finds it by, a single part of a path.
+    pub name: String,
     /// Whether writes are refused.
     pub read_only: bool,
 }

@@ -12,6 +12,8 @@
 //! | libkrun's calls | `context` |
 //! | how virtual processors and the guest's clock stand still | `freeze` |
 //! | where the agent's socket is | `place` |
+//! | how host directories become one tree | `tree` |
+//! | waiting for what nothing tells of | `until` |
 
 mod context;
 mod freeze;
@@ -19,6 +21,8 @@ mod guest;
 mod place;
 mod plan;
 mod serve;
+mod tree;
+mod until;
 
 use std::{io, process::ExitCode};
 use vm_launcher::inside::{fds, greet, process, told};

@@ -1,6 +1,6 @@
 //! [`Plan`]: what a machine is made of.
 
-use super::place::{Place, confined};
+use super::{place::Place, tree::Tree};
 use rustix::fs::MemfdFlags;
 use std::{
     ffi::CString,
@@ -26,7 +26,7 @@ const PAGE: u64 = 4096;
 /// The longest word with which libkrun announces a device, with its space.
 const DEVICE_WORD: usize = " virtio_mmio.device=4K@0x123456789:99".len();
 
-/// The devices that libkrun adds beside the disks: balloon, entropy, vsock.
+/// The devices that libkrun adds beside disks and host directories: balloon, entropy, vsock.
 const OWN_DEVICES: usize = 3;
 
 /// How many devices more libkrun has interrupt lines for.
@@ -44,7 +44,8 @@ pub(super) struct Plan {
     pub(super) kernel: OwnedFd,
     pub(super) initrd: File,
     pub(super) disks: Vec<Disk>,
-    pub(super) shares: Vec<Share>,
+    /// The host directories that the guest sees.
+    pub(super) shares: Option<Tree>,
     pub(super) place: Place,
 }
 
@@ -56,14 +57,6 @@ pub(super) struct Disk {
     pub(super) file: OwnedFd,
 }
 
-/// A directory of the host that the guest sees.
-#[derive(Debug)]
-pub(super) struct Share {
-    pub(super) tag: CString,
-    pub(super) read_only: bool,
-    pub(super) directory: OwnedFd,
-}
-
 impl Plan {
     /// Takes a description apart, and makes the console.
     ///
@@ -73,10 +66,13 @@ impl Plan {
         set_up: &MachineSetUp,
         fds: Vec<OwnedFd>,
     ) -> Result<(Self, Console), Refusal> {
-        let others = set_up.disks.len() + set_up.shares.len();
+        // All host directories come by one device.
+        let others = set_up.disks.len() + usize::from(!set_up.shares.is_empty());
         if others > MOST_OTHERS {
-            let reason =
-                format!("{others} disks and mounts, libkrun has interrupts for {MOST_OTHERS}");
+            let reason = format!(
+                "{} disks, libkrun has interrupts for {MOST_OTHERS}, or one fewer beside mounts",
+                set_up.disks.len()
+            );
             return Err(config("disks", reason));
         }
         let mut fds = fds.into_iter();
@@ -101,14 +97,16 @@ impl Plan {
         }
         let place = Place::new();
         let place = place.map_err(|error| failed("a place for the agent's socket", error))?;
-        let mut shares = Vec::new();
+        let mut shared = Vec::new();
         for share in &set_up.shares {
-            let tag = CString::new(share.tag.as_str())
-                .map_err(|error| config("mounts", error.to_string()))?;
-            let directory = confined(&next("mounts")?, share.read_only)
-                .map_err(|error| failed("a mount of its own for a host directory", error))?;
-            shares.push(Share { tag, read_only: share.read_only, directory });
+            shared.push((share.name.as_str(), share.read_only, next("mounts")?));
         }
+        let shares = match shared.is_empty() {
+            true => None,
+            false => Some(
+                Tree::new(&shared).map_err(|error| failed("a tree of host directories", error))?,
+            ),
+        };
         if fds.next().is_some() {
             return Err(Refusal::Failed("too many descriptors came".to_owned()));
         }
@@ -138,7 +136,7 @@ impl Plan {
     pub(super) fn fds(&self) -> Vec<BorrowedFd<'_>> {
         let mut fds = vec![self.kernel.as_fd(), self.initrd.as_fd(), self.place.as_fd()];
         fds.extend(self.disks.iter().map(|disk| disk.file.as_fd()));
-        fds.extend(self.shares.iter().map(|share| share.directory.as_fd()));
+        fds.extend(self.shares.as_ref().map(AsFd::as_fd));
         fds
     }
 }

@@ -1,7 +1,7 @@
 //! Operations at the same time.
 
 use super::probe::{
-    LONG, Nonce, SOON, Stage, Vm, millis, script, spawn_sh, truthful, until_settled, works,
+    LONG, Nonce, SOON, Stage, Vm, millis, script, spawn_sh, truthful, until, until_settled, works,
 };
 use crate::{
     clause,
@@ -10,7 +10,13 @@ use crate::{
     ensure, ensure_eq, ensure_err,
 };
 use futures_util::future::{join, join_all};
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 use vm_trait::{
     Capability, Operation, SnapshotOptions, StopOptions, VmErrorKind, VmInstanceExt, VmResult,
     VmState,
@@ -118,13 +124,15 @@ async fn long_exec_blocks_nothing(ctx: &Context) -> Verdict {
     Ok(())
 }
 
-/// Has different operations under way that do not end by themselves.
-fn under_way(ctx: &Context, vm: &Vm, count: u64) -> Vec<Task<VmResult<()>>> {
-    (0..count)
+/// Has different operations under way that do not end by themselves, each of which has begun.
+async fn under_way(ctx: &Context, vm: &Vm, count: u64) -> Result<Vec<Task<VmResult<()>>>, Broken> {
+    let begun = Arc::new(AtomicU64::new(0));
+    let tasks = (0..count)
         .map(|_| {
-            let vm = Arc::clone(vm);
+            let (vm, begun) = (Arc::clone(vm), Arc::clone(&begun));
             let kind = ctx.draw(0, 3);
             ctx.spawn(async move {
+                begun.fetch_add(1, Ordering::SeqCst);
                 match kind {
                     0 => vm.sh("sleep 1000").await.map(drop),
                     1 => spawn_sh(&vm, "sleep 1000").await?.wait().await.map(drop),
@@ -143,12 +151,15 @@ fn under_way(ctx: &Context, vm: &Vm, count: u64) -> Vec<Task<VmResult<()>>> {
                 }
             })
         })
-        .collect()
+        .collect();
+    // On a busy host a task may wait for its first turn longer than anything here.
+    until(ctx, "every task has begun", || begun.load(Ordering::SeqCst) == count).await?;
+    Ok(tasks)
 }
 
 async fn stop_interrupts(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
-    let tasks = under_way(ctx, &vm, 16);
+    let tasks = under_way(ctx, &vm, 16).await?;
     ctx.sleep(millis(ctx, 50, 150)).await;
     let begun = ctx.now();
     let grace = millis(ctx, 0, 100);
@@ -201,7 +212,7 @@ async fn ends_interrupt_lifecycle(ctx: &Context) -> Verdict {
 
 async fn refused_after_stop(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
-    let tasks = under_way(ctx, &vm, ctx.draw(0, 4));
+    let tasks = under_way(ctx, &vm, ctx.draw(0, 4)).await?;
     ctx.sleep(millis(ctx, 0, 30)).await;
     vm.stop(StopOptions::default().with_grace(millis(ctx, 0, 30))).await?;
     for operation in super::lifecycle_table::operations(ctx) {
