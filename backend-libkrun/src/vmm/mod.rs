@@ -12,12 +12,14 @@
 //! | libkrun's calls | `context` |
 //! | how virtual processors and the guest's clock stand still | `freeze` |
 //! | where the agent's socket is | `place` |
+//! | the host's ports that lead to the guest's | `ports` |
 
 mod context;
 mod freeze;
 mod guest;
 mod place;
 mod plan;
+mod ports;
 mod serve;
 
 use std::{io, process::ExitCode};

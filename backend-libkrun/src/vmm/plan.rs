@@ -1,6 +1,9 @@
 //! [`Plan`]: what a machine is made of.
 
-use super::place::{Place, confined};
+use super::{
+    place::{Place, confined},
+    ports::HostPorts,
+};
 use rustix::fs::MemfdFlags;
 use std::{
     ffi::CString,
@@ -10,12 +13,13 @@ use std::{
 };
 use vm_launcher::{
     cmdline,
-    control::{MachineSetUp, Refusal},
+    control::{ConsoleDevice, MachineSetUp, Refusal},
     inside::{
         console::{Console, check_ring},
         refuse::{config, failed},
     },
 };
+use vm_trait::NetworkConfig;
 
 /// The longest command line that Linux on x86-64 reads, with its null.
 const CMDLINE_BYTES: usize = 2048;
@@ -46,6 +50,10 @@ pub(super) struct Plan {
     pub(super) disks: Vec<Disk>,
     pub(super) shares: Vec<Share>,
     pub(super) place: Place,
+    pub(super) console_device: ConsoleDevice,
+    pub(super) network: NetworkConfig,
+    /// Nobody else has them as long as the machine is there.
+    _ports: HostPorts,
 }
 
 /// A disk of a machine.
@@ -73,10 +81,14 @@ impl Plan {
         set_up: &MachineSetUp,
         fds: Vec<OwnedFd>,
     ) -> Result<(Self, Console), Refusal> {
-        let others = set_up.disks.len() + set_up.shares.len();
+        let console = usize::from(set_up.console_device == ConsoleDevice::Virtio);
+        let others = console + set_up.disks.len() + set_up.shares.len();
         if others > MOST_OTHERS {
-            let reason =
-                format!("{others} disks and mounts, libkrun has interrupts for {MOST_OTHERS}");
+            let most = MOST_OTHERS - console;
+            let reason = format!(
+                "{} disks and mounts, libkrun has interrupts for {most}",
+                others - console
+            );
             return Err(config("disks", reason));
         }
         let mut fds = fds.into_iter();
@@ -109,6 +121,7 @@ impl Plan {
                 .map_err(|error| failed("a mount of its own for a host directory", error))?;
             shares.push(Share { tag, read_only: share.read_only, directory });
         }
+        let ports = HostPorts::reserve(set_up.network.ports())?;
         if fds.next().is_some() {
             return Err(Refusal::Failed("too many descriptors came".to_owned()));
         }
@@ -124,12 +137,15 @@ impl Plan {
         let plan = Self {
             vcpus: set_up.vcpus,
             memory_mib: set_up.memory_mib,
-            cmdline: command_line(&set_up.cmdline, others)?,
+            cmdline: command_line(set_up.console_device, &set_up.cmdline, others)?,
             kernel,
             initrd,
             disks,
             shares,
             place,
+            console_device: set_up.console_device,
+            network: set_up.network.clone(),
+            _ports: ports,
         };
         Ok((plan, console))
     }
@@ -144,7 +160,11 @@ impl Plan {
 }
 
 /// Puts the command line together, without what libkrun adds at its end.
-fn command_line(user: &str, others: usize) -> Result<CString, Refusal> {
+fn command_line(
+    console: ConsoleDevice,
+    user: &str,
+    others: usize,
+) -> Result<CString, Refusal> {
     // What comes after either is no word for the kernel, and libkrun has some to add.
     if user.split_whitespace().any(|word| word == "--") {
         return Err(config("cmdline", "`--` would hide the devices from the kernel"));
@@ -152,7 +172,7 @@ fn command_line(user: &str, others: usize) -> Result<CString, Refusal> {
     if !user.matches('"').count().is_multiple_of(2) {
         return Err(config("cmdline", "a quotation mark is not closed"));
     }
-    let line = cmdline::line(user, []);
+    let line = cmdline::line(console, user, []);
     let added = SEPARATORS + DEVICE_WORD * (OWN_DEVICES + others);
     cmdline::check(user, &line, CMDLINE_BYTES.saturating_sub(added))?;
     CString::new(line).map_err(|error| config("cmdline", error.to_string()))
@@ -197,9 +217,10 @@ mod tests {
 
     #[test]
     fn words_that_would_hide_devices_are_refused() {
-        assert!(command_line("quiet a=\"b c\"", 2).is_ok());
+        let line = |user| command_line(ConsoleDevice::Virtio, user, 2);
+        assert!(line("quiet a=\"b c\"").is_ok());
         for user in ["quiet -- x", "--", "a=\"b", &"x".repeat(2000), "ä"] {
-            assert!(matches!(command_line(user, 2), Err(Refusal::Config { .. })), "{user}");
+            assert!(matches!(line(user), Err(Refusal::Config { .. })), "{user}");
         }
     }
 }
