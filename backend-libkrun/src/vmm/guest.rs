@@ -3,6 +3,7 @@
 use super::{
     context::Context,
     freeze::{self, Freezer},
+    listen,
     place::path_of,
     plan::Plan,
 };
@@ -247,6 +248,10 @@ fn become_machine(
     keep_only(&kept)?;
     name_thread(&format!("krun-{name}"));
     freeze::start_keeper(orders, plan.vcpus)?;
+    if let NetworkConfig::Tsi(ports) = &plan.network {
+        let restricted = listen::restrict(&ports.0);
+        restricted.map_err(|error| io::Error::other(format!("filter of what listens: {error}")))?;
+    }
     let context = Context::new().map_err(io::Error::other)?;
     let described = (|| {
         context.set_size(plan.vcpus, plan.memory_mib)?;

@@ -13,10 +13,12 @@
 //! | how virtual processors and the guest's clock stand still | `freeze` |
 //! | where the agent's socket is | `place` |
 //! | the host's ports that lead to the guest's | `ports` |
+//! | where the machine may listen on the host | `listen` |
 
 mod context;
 mod freeze;
 mod guest;
+mod listen;
 mod place;
 mod plan;
 mod ports;
