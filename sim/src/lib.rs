@@ -32,6 +32,8 @@ pub mod guest;
 pub mod host;
 pub mod ledger;
 pub mod machine;
+#[cfg(test)]
+mod network_tests;
 mod rng;
 pub mod scenario;
 #[cfg(test)]
