@@ -155,7 +155,8 @@ impl World {
         }
         self.dies_at.store(u64::MAX, Ordering::Relaxed);
         let mut draw = |bound| self.streams.below(Purpose::HostDisk, bound);
-        self.host().crash(&mut draw);
+        let ended = self.host().crash(&mut draw);
+        drop(ended);
     }
 
     /// Gives when the host is to die of a sync that its disk lost.
@@ -188,6 +189,7 @@ impl World {
         Ledger {
             machines: self.counters.machines.get(),
             streams: self.counters.streams.get(),
+            ports: self.host().tcp.count(),
             host_files: self.counters.host_files.get(),
             timers: self.counters.timers.get(),
             temp_files: self.host().temporary_files(),

@@ -10,6 +10,7 @@ use crate::{
     clause::Clause,
     context::Setup,
     history::Assignment,
+    host_network::RealHostNetwork,
     panics::PanicSink,
     pool::{HandleEnv, WarmPool},
     runner::cores,
@@ -269,6 +270,7 @@ impl<H: Launchers> LauncherTarget<H> {
             scratch: Arc::new(|_| "/tmp".to_owned()),
             host_dir: bench.host_dir.path().to_owned(),
             host_fs: Arc::new(StdFs),
+            host_network: Arc::new(RealHostNetwork::default()),
         };
         let sink = PanicSink::default();
         let guard = sink.join();
@@ -404,6 +406,7 @@ impl<H: Launchers> Host<H> {
             scratch: Arc::new(|_| "/tmp".to_owned()),
             host_dir,
             host_fs: Arc::new(StdFs),
+            host_network: Arc::new(RealHostNetwork::default()),
             // It owns the directory, which is so removed once the run is over.
             leftovers: Arc::new(move || {
                 let _kept = &dir;

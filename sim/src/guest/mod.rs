@@ -37,10 +37,10 @@ mod sched;
 mod share;
 mod shell;
 mod signals;
+mod sockets;
 pub mod syscalls;
 mod tree;
 mod vfs;
-mod vsock;
 
 pub use disk::{DiskImage, DiskSetup};
 pub use fault::{OsFault, OsFaults, SysCall};
@@ -49,7 +49,7 @@ pub use kernel::{OsConfig, OsEvent, RunReport, SetupError, SimOs};
 pub use program::{GuestProgram, ProgramRegistry, Step, WaitFor};
 pub use share::{ShareSetup, SharedDir};
 pub use syscalls::{ChildFds, ChildSpec, FdStat, OpenFlags, Syscalls};
-pub(crate) use vsock::SocketEnd;
+pub(crate) use sockets::{Address, SocketEnd};
 
 #[cfg(test)]
 mod tests;
