@@ -8,6 +8,7 @@ use std::{
     sync::{Arc, OnceLock},
 };
 use vm_core::machine::{Hypervisor, Machine, MachineError, MachineSpec};
+use vm_guest_image::{Kernel, KernelError};
 use vm_launcher::{
     files,
     images::{self, Images},
@@ -16,7 +17,6 @@ use vm_launcher::{
     parcel::{self, MAX_VCPUS, Maker},
     program::{LauncherProgram, NoLauncher},
 };
-use vm_guest_image::{Kernel, KernelError};
 use vm_trait::{Capabilities, Capability, HostLimits, VmConfig, VmId};
 
 /// What machines of this kind can do with any kernel.

@@ -22,7 +22,6 @@ int krun_add_disk2(unsigned int ctx_id, const char *block_id, const char *disk_p
                    _Bool read_only);
 int krun_add_virtiofs3(unsigned int ctx_id, const char *tag, const char *path, unsigned long shm_size, _Bool read_only);
 int krun_add_vsock(unsigned int ctx_id, unsigned int tsi_features);
-int krun_set_port_map(unsigned int ctx_id, const char *const port_map[]);
 int krun_add_vsock_port2(unsigned int ctx_id, unsigned int port, const char *file_path, _Bool listen);
 int krun_start_enter(unsigned int ctx_id);
 

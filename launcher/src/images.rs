@@ -221,7 +221,8 @@ impl KernelTraits {
 /// [`MachineError::Config`] for `network`.
 pub fn check_network(kernel: KernelTraits, network: &NetworkConfig) -> Result<(), MachineError> {
     if matches!(network, NetworkConfig::Tsi(_)) && !kernel.has_tsi {
-        let reason = "TSI needs a kernel that can do it: name a libkrunfw (`libkrunfw.so.5`) as the kernel";
+        let reason =
+            "TSI needs a kernel that can do it: name a libkrunfw (`libkrunfw.so.5`) as the kernel";
         return Err(config("network", &reason));
     }
     Ok(())

@@ -173,7 +173,8 @@ impl Parcel {
                 true => ConsoleDevice::SerialPort,
                 false => ConsoleDevice::Virtio,
             },
-            devices_in_cmdline: !prepared.traits.finds_devices_by_acpi || turns_acpi_off(&config.kernel.cmdline),
+            devices_in_cmdline: !prepared.traits.finds_devices_by_acpi
+                || turns_acpi_off(&config.kernel.cmdline),
             initrd_parts: 2 + u8::from(user_initrd.is_some()),
             disks: devices.set_ups,
             shares: shares.iter().map(|(set_up, _)| set_up.clone()).collect(),

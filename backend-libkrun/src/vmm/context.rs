@@ -3,11 +3,7 @@
 // The crate declares as safe what the header cannot.
 #![allow(unused_unsafe)]
 
-use std::{
-    ffi::{CStr, CString},
-    io, ptr,
-};
-use vm_trait::PortForward;
+use std::{ffi::CStr, io, ptr};
 
 #[cfg(all(feature = "vendored", not(feature = "system")))]
 use krun as library;
@@ -111,25 +107,10 @@ impl Context {
         call!(krun_add_virtiofs3(self.id, tag.as_ptr(), path.as_ptr(), 0, read_only)).map(drop)
     }
 
-    /// Adds vsock, a socket by which the host reaches a port of the guest, and with ports of the host that lead to the
-    /// guest's the host's sockets in place of its own. Without them libkrun does nothing for a guest that asks for a
-    /// socket of the host's.
-    pub(super) fn add_vsock(
-        &self,
-        port: u32,
-        socket: &CStr,
-        tsi: Option<&[PortForward]>,
-    ) -> Result<(), Refused> {
-        call!(krun_add_vsock(self.id, if tsi.is_some() { HIJACK_INET } else { 0 }))?;
-        if let Some(ports) = tsi {
-            let lines: Vec<CString> = ports
-                .iter()
-                .filter_map(|port| CString::new(format!("{}:{}", port.host, port.guest)).ok())
-                .collect();
-            let mut map: Vec<_> = lines.iter().map(|line| line.as_ptr()).collect();
-            map.push(ptr::null());
-            call!(krun_set_port_map(self.id, map.as_ptr()))?;
-        }
+    /// Adds vsock, and a socket by which the host reaches a port of the guest. With TSI the guest has sockets of the host's
+    /// in place of its own; without, libkrun does nothing for a guest that asks for one.
+    pub(super) fn add_vsock(&self, port: u32, socket: &CStr, tsi: bool) -> Result<(), Refused> {
+        call!(krun_add_vsock(self.id, if tsi { HIJACK_INET } else { 0 }))?;
         call!(krun_add_vsock_port2(self.id, port, socket.as_ptr(), true)).map(drop)
     }
 
@@ -163,14 +144,14 @@ mod tests {
             refused.contains("krun_set_vm_config") && refused.contains("os error 2"),
             "{refused}"
         );
-        let refused = context.add_vsock(1, c"/nowhere", None).unwrap_err().to_string();
+        let refused = context.add_vsock(1, c"/nowhere", false).unwrap_err().to_string();
         assert!(refused.contains("krun_add_vsock failed"), "{refused}");
     }
 
     #[test]
     fn what_exists_is_no_place_for_a_socket() {
         let context = Context::new().unwrap();
-        let refused = context.add_vsock(1024, c"/dev/null", Some(&[])).unwrap_err().to_string();
+        let refused = context.add_vsock(1024, c"/dev/null", true).unwrap_err().to_string();
         assert!(
             refused.contains("krun_add_vsock_port2") && refused.contains("exists"),
             "{refused}"

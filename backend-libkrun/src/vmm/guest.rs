@@ -3,9 +3,9 @@
 use super::{
     context::Context,
     freeze::{self, Freezer},
-    listen,
     place::path_of,
     plan::Plan,
+    sockets,
 };
 use rustix::{
     fs::OFlags,
@@ -249,8 +249,8 @@ fn become_machine(
     name_thread(&format!("krun-{name}"));
     freeze::start_keeper(orders, plan.vcpus)?;
     if let NetworkConfig::Tsi(ports) = &plan.network {
-        let restricted = listen::restrict(&ports.0);
-        restricted.map_err(|error| io::Error::other(format!("filter of what listens: {error}")))?;
+        let restricted = sockets::restrict(&ports.0);
+        restricted.map_err(|error| io::Error::other(format!("filter of system calls: {error}")))?;
     }
     let context = Context::new().map_err(io::Error::other)?;
     let described = (|| {
@@ -273,10 +273,7 @@ fn become_machine(
         }
         let socket = plan.place.path(SOCKET);
         let socket = CString::new(socket.as_os_str().as_bytes()).unwrap_or_default();
-        let tsi = match &plan.network {
-            NetworkConfig::Tsi(ports) => Some(ports.0.as_slice()),
-            _ => None,
-        };
+        let tsi = matches!(plan.network, NetworkConfig::Tsi(_));
         context.add_vsock(AGENT_PORT, &socket, tsi)
     })();
     described.map_err(io::Error::other)?;

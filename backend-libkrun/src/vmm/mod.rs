@@ -13,16 +13,16 @@
 //! | how virtual processors and the guest's clock stand still | `freeze` |
 //! | where the agent's socket is | `place` |
 //! | the host's ports that lead to the guest's | `ports` |
-//! | where the machine may listen on the host | `listen` |
+//! | what a machine's sockets may do on the host | `sockets` |
 
 mod context;
 mod freeze;
 mod guest;
-mod listen;
 mod place;
 mod plan;
 mod ports;
 mod serve;
+mod sockets;
 
 use std::{io, process::ExitCode};
 use vm_launcher::inside::{fds, greet, process, told};

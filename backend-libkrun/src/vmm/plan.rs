@@ -85,10 +85,8 @@ impl Plan {
         let others = console + set_up.disks.len() + set_up.shares.len();
         if others > MOST_OTHERS {
             let most = MOST_OTHERS - console;
-            let reason = format!(
-                "{} disks and mounts, libkrun has interrupts for {most}",
-                others - console
-            );
+            let reason =
+                format!("{} disks and mounts, libkrun has interrupts for {most}", others - console);
             return Err(config("disks", reason));
         }
         let mut fds = fds.into_iter();
@@ -160,11 +158,7 @@ impl Plan {
 }
 
 /// Puts the command line together, without what libkrun adds at its end.
-fn command_line(
-    console: ConsoleDevice,
-    user: &str,
-    others: usize,
-) -> Result<CString, Refusal> {
+fn command_line(console: ConsoleDevice, user: &str, others: usize) -> Result<CString, Refusal> {
     // What comes after either is no word for the kernel, and libkrun has some to add.
     if user.split_whitespace().any(|word| word == "--") {
         return Err(config("cmdline", "`--` would hide the devices from the kernel"));

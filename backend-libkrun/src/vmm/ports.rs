@@ -58,8 +58,17 @@ fn named(port: u16) -> rustix::io::Result<OwnedFd> {
 
 fn bound(port: u16) -> rustix::io::Result<OwnedFd> {
     let socket = socket(AddressFamily::INET)?;
+    let address = SocketAddrV4::new(Ipv4Addr::LOCALHOST, port);
     sockopt::set_socket_reuseport(&socket, true)?;
-    rustix::net::bind(&socket, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, port))?;
+    match rustix::net::bind(&socket, &address) {
+        Err(Errno::ADDRINUSE) => {
+            // It may be what is left of connections, which share only with whoever says this too.
+            sockopt::set_socket_reuseaddr(&socket, true)?;
+            rustix::net::bind(&socket, &address)?;
+            sockopt::set_socket_reuseaddr(&socket, false)?;
+        }
+        other => other?,
+    }
     Ok(socket)
 }
 
@@ -70,19 +79,31 @@ fn socket(family: AddressFamily) -> rustix::io::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::net::TcpListener;
+    use std::net::{TcpListener, TcpStream};
 
     fn reserve(port: u16) -> Result<HostPorts, Refusal> {
         HostPorts::reserve(&[PortForward { host: port, guest: 80 }])
+    }
+
+    fn free_port() -> u16 {
+        TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    }
+
+    /// Listens as libkrun does once it was seen to.
+    fn listening(port: u16) -> TcpListener {
+        let machine = socket(AddressFamily::INET).unwrap();
+        sockopt::set_socket_reuseport(&machine, true).unwrap();
+        sockopt::set_socket_reuseaddr(&machine, true).unwrap();
+        rustix::net::bind(&machine, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, port)).unwrap();
+        rustix::net::listen(&machine, 4).unwrap();
+        TcpListener::from(machine)
     }
 
     #[test]
     fn a_port_is_for_one_machine_and_for_nobody_else() {
         let taken = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = taken.local_addr().unwrap().port();
-        let is_refused = |outcome: Result<HostPorts, Refusal>| {
-            matches!(outcome, Err(Refusal::PortInUse(taken)) if taken == u32::from(port))
-        };
+        let is_refused = |outcome: Result<HostPorts, Refusal>| matches!(outcome, Err(Refusal::PortInUse(taken)) if taken == u32::from(port));
         assert!(is_refused(reserve(port)));
         drop(taken);
         let held = reserve(port).unwrap();
@@ -94,15 +115,27 @@ mod tests {
     }
 
     #[test]
+    fn what_is_left_of_connections_keeps_nobody_from_a_port() {
+        let port = free_port();
+        for round in 0..3 {
+            let held = reserve(port).unwrap();
+            let machine = listening(port);
+            let connect = || TcpStream::connect(("127.0.0.1", port)).unwrap();
+            let (ends, stays) = (connect(), connect());
+            // The machine ends both first, and one client never does.
+            drop((machine.accept().unwrap(), machine.accept().unwrap()));
+            drop((machine, held, ends));
+            std::mem::forget(stays);
+            assert!(TcpListener::bind(("127.0.0.1", port)).is_ok(), "round {round}");
+        }
+    }
+
+    #[test]
     fn a_port_in_reserve_can_be_listened_on_by_the_machine() {
-        let free = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = free.local_addr().unwrap().port();
-        drop(free);
+        let port = free_port();
         let _held = reserve(port).unwrap();
-        let machine = socket(AddressFamily::INET).unwrap();
-        sockopt::set_socket_reuseport(&machine, true).unwrap();
-        rustix::net::bind(&machine, &SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port)).unwrap();
-        rustix::net::listen(&machine, 1).unwrap();
-        assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
+        assert!(TcpStream::connect(("127.0.0.1", port)).is_err());
+        let _machine = listening(port);
+        assert!(TcpStream::connect(("127.0.0.1", port)).is_ok());
     }
 }

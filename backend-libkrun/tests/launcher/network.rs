@@ -88,7 +88,8 @@ fn host_server(word: &'static str) -> u16 {
     port
 }
 
-const SERVE: &str = "mkdir -p /srv && echo from the guest > /srv/word && httpd -p 80 -h /srv && echo served";
+const SERVE: &str =
+    "mkdir -p /srv && echo from the guest > /srv/word && httpd -p 80 -h /srv && echo served";
 
 #[test]
 #[ignore = "takes libkrunfw and a KVM that runs guests"]

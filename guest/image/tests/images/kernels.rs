@@ -141,7 +141,9 @@ fn the_kernel_of_a_libkrunfw_becomes_an_elf_file() {
             assert_eq!(bytes.len() as u64, 4096 + u64::from(BUNDLE));
             let (_directory, path) = file(&bytes);
             assert_eq!(Kernel::open(&path).expect("opens").format(), KernelFormat::Elf);
-            assert!(!opened.has_tsi().expect("reads") && !opened.drives_serial_port().expect("reads"));
+            assert!(
+                !opened.has_tsi().expect("reads") && !opened.drives_serial_port().expect("reads")
+            );
         }
     }
     let path = library(&directory, [0x100_0000, 0x100_0123, BUNDLE - 4096], "-O2");
