@@ -27,8 +27,8 @@ use vm_core::{
     machine::Link,
 };
 use vm_trait::{
-    Capability, ExecStatus, ForkOptions, GuestProcess, OutputOffsets, ProcessId, RestoreOptions, Signal,
-    SnapshotOptions, StopOptions, VmErrorKind, VmState,
+    Capability, ExecStatus, ForkOptions, GuestProcess, OutputOffsets, ProcessId, RestoreOptions,
+    Signal, SnapshotOptions, StopOptions, VmErrorKind, VmState,
 };
 
 /// The clauses on networks and the life of their machine.

@@ -177,8 +177,7 @@ fn together(profile: &Profile) -> BoxedStrategy<Step> {
 fn may_happen(kind: FaultKind) -> bool {
     // What a disk lies about comes out at a time of its own, and the machines of histories have neither directories of the
     // host nor a network.
-    kind != FaultKind::LostSync
-        && !matches!(kind.scope(), FaultScope::Mount | FaultScope::Network)
+    kind != FaultKind::LostSync && !matches!(kind.scope(), FaultScope::Mount | FaultScope::Network)
 }
 
 fn fault(profile: &Profile) -> BoxedStrategy<Step> {
