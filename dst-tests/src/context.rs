@@ -15,6 +15,7 @@ use rand_chacha::{
     rand_core::{Rng, SeedableRng},
 };
 use std::{
+    collections::BTreeSet,
     fmt,
     future::Future,
     io,
@@ -67,6 +68,8 @@ pub struct Context {
     run: Run,
     rng: Mutex<ChaCha8Rng>,
     borrowed: Mutex<Vec<Arc<dyn VmInstance>>>,
+    /// The ports of the host that this run was given.
+    ports: Mutex<BTreeSet<u16>>,
 }
 
 impl Context {
@@ -78,7 +81,13 @@ impl Context {
             (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
         });
         let rng = ChaCha8Rng::seed_from_u64(run.seed ^ salt);
-        Self { setup, run, rng: Mutex::new(rng), borrowed: Mutex::default() }
+        Self {
+            setup,
+            run,
+            rng: Mutex::new(rng),
+            borrowed: Mutex::default(),
+            ports: Mutex::default(),
+        }
     }
 
     /// Gives the backend.
@@ -199,7 +208,8 @@ impl Context {
         self.setup.host_fs.rename(&aside, path).await
     }
 
-    /// Finds a loopback port of the host that nobody has, and keeps it from other checks of this program.
+    /// Finds a loopback port of the host that nobody has, another one each time, and keeps it from other checks of this
+    /// program.
     ///
     /// # Errors
     /// [`Broken`] where none can be found.
@@ -210,7 +220,8 @@ impl Context {
         let network = &self.setup.host_network;
         for _ in 0..TRIES {
             let port = u16::try_from(self.draw(low, high)).unwrap_or(u16::MAX);
-            if network.reserve(port) && network.listen(port).await.is_ok() {
+            let fresh = self.ports.lock().unwrap_or_else(PoisonError::into_inner).insert(port);
+            if fresh && network.reserve(port) && network.listen(port).await.is_ok() {
                 return Ok(port);
             }
         }

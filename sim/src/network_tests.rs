@@ -114,7 +114,8 @@ fn a_port_that_leads_nowhere_is_refused_by_tsi_and_ended_by_passt() {
 fn faults_of_the_network_are_refused_where_there_is_none() {
     in_tokio(async {
         let bare = SimBackend::builder().without(Capability::NetworkTsi);
-        let plan = crate::FaultPlan::none().with_probability(vm_core::fault::FaultKind::NetSlow, 0.1);
+        let plan =
+            crate::FaultPlan::none().with_probability(vm_core::fault::FaultKind::NetSlow, 0.1);
         assert!(bare.clone().faults(plan.clone()).build().is_ok());
         let bare = bare.without(Capability::NetworkPasst);
         assert!(bare.clone().faults(plan).build().is_err());

@@ -186,13 +186,17 @@ impl World {
     }
 
     pub(crate) fn ledger(&self) -> Ledger {
+        let (ports, temp_files) = {
+            let host = self.host();
+            (host.tcp.count(), host.temporary_files())
+        };
         Ledger {
             machines: self.counters.machines.get(),
             streams: self.counters.streams.get(),
-            ports: self.host().tcp.count(),
+            ports,
             host_files: self.counters.host_files.get(),
             timers: self.counters.timers.get(),
-            temp_files: self.host().temporary_files(),
+            temp_files,
         }
     }
 

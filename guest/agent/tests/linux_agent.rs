@@ -12,10 +12,7 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
-use vm_guest_agent::linux::{
-    launch, proc_table,
-    stream_tool::Transport,
-};
+use vm_guest_agent::linux::{launch, proc_table, stream_tool::Transport};
 use vm_guest_protocol::{
     Channel, DEFAULT_WINDOW, Decoder, EntryKind, ExecSpec, Frame, GuestError, Hello, MAX_DATA,
     PROTOCOL_VERSION, ProcessExit, Reply, Request, StreamId, TermSize, encode,

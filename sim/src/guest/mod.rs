@@ -48,8 +48,8 @@ pub use image::LoadError;
 pub use kernel::{OsConfig, OsEvent, RunReport, SetupError, SimOs};
 pub use program::{GuestProgram, ProgramRegistry, Step, WaitFor};
 pub use share::{ShareSetup, SharedDir};
-pub use syscalls::{ChildFds, ChildSpec, FdStat, OpenFlags, Syscalls};
 pub(crate) use sockets::{Address, SocketEnd};
+pub use syscalls::{ChildFds, ChildSpec, FdStat, OpenFlags, Syscalls};
 
 #[cfg(test)]
 mod tests;

@@ -349,7 +349,9 @@ impl Sockets {
             self.sockets.remove(&id);
         }
         if let Some(peer) = peer {
-            self.change(peer, |peer| (peer.peer_done, peer.peer_gone, peer.peer) = (true, true, None));
+            self.change(peer, |peer| {
+                (peer.peer_done, peer.peer_gone, peer.peer) = (true, true, None)
+            });
         }
     }
 

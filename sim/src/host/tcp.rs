@@ -1,12 +1,7 @@
 //! The host's loopback TCP ports: programs of the host listen there and connect, and machines have those they map.
 
 use super::SimHost;
-use crate::{
-    machine::Shared,
-    rng::Purpose,
-    trace::Tag,
-    world::World,
-};
+use crate::{machine::Shared, rng::Purpose, trace::Tag, world::World};
 use std::{
     collections::{BTreeMap, VecDeque},
     fmt,

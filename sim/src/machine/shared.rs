@@ -541,8 +541,7 @@ impl Shared {
 
     /// Lets a connection over the network be reset; says whether it was.
     pub(super) fn reset(&self, pipe: &mut Pipe) -> bool {
-        let resets =
-            pipe.tcp && !pipe.is_broken() && self.strike(FaultKind::NetReset).is_some();
+        let resets = pipe.tcp && !pipe.is_broken() && self.strike(FaultKind::NetReset).is_some();
         if resets {
             pipe.break_down(&mut |bound| self.world.streams.index(Purpose::Network, bound));
         }

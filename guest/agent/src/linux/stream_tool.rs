@@ -392,7 +392,8 @@ mod tests {
         assert_eq!(of_vsock("connect 7"), vsock(7).map(Mode::Connect));
         assert_eq!(of_vsock("listen 4294967294"), vsock(u32::MAX - 1).map(Mode::Listen));
         assert_eq!(of_vsock("listen --echo 0"), vsock(0).map(Mode::Echo));
-        let tcp = |address: [u8; 4], port| Some(Place::Tcp(SocketAddrV4::new(address.into(), port)));
+        let tcp =
+            |address: [u8; 4], port| Some(Place::Tcp(SocketAddrV4::new(address.into(), port)));
         let of_tcp = |line| parsed(Transport::Tcp, line);
         assert_eq!(of_tcp("connect 7"), tcp([127, 0, 0, 1], 7).map(Mode::Connect));
         assert_eq!(of_tcp("connect 10.1.2.3 7"), tcp([10, 1, 2, 3], 7).map(Mode::Connect));

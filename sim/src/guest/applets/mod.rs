@@ -27,8 +27,8 @@ use dd::Copy;
 use filter::Filter;
 use serde::{Deserialize, Serialize};
 use std::{collections::VecDeque, sync::Arc, time::Duration};
-use vm_guest_agent::os::Errno;
 use stream_tool::StreamTool;
+use vm_guest_agent::os::Errno;
 
 /// Where the built-in commands are.
 pub(super) const PATHS: &[&str] = &[

@@ -139,8 +139,7 @@ impl StreamTool {
             out.put_to(2, b"listening\n");
             return Ok(running(Stage::Announcing { listener, echo, out }));
         }
-        let dialled =
-            if tcp { sys.tcp_connect(address, of_tcp) } else { sys.vsock_connect(port) };
+        let dialled = if tcp { sys.tcp_connect(address, of_tcp) } else { sys.vsock_connect(port) };
         Ok(running(Stage::Dialling { fd: dialled.map_err(failed)?, port }))
     }
 
