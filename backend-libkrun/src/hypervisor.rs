@@ -33,6 +33,7 @@ const CLAIMS: &[Capability] = &[
     Capability::Root,
     Capability::Kernel,
     Capability::ConsoleFile,
+    Capability::Mounts,
     Capability::Limits,
 ];
 

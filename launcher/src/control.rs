@@ -125,8 +125,8 @@ pub struct DiskSetUp {
 /// A directory of the host that the guest sees; it comes as a descriptor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShareSetUp {
-    /// The tag that the guest finds it by.
-    pub tag: String,
+    /// The name that the guest finds it by, a single part of a path.
+    pub name: String,
     /// Whether writes are refused.
     pub read_only: bool,
 }

@@ -114,9 +114,9 @@ fn shares_of(config: &VmConfig) -> Result<Shares, MachineError> {
     let mut boot = Vec::new();
     let mut shares = Vec::new();
     for (index, mount) in config.mounts.iter().enumerate() {
-        let (tag, read_only) = (BootShare::tag_of(index), mount.read_only);
-        boot.push(BootShare { tag: tag.clone(), mount: mount.mount.clone(), read_only });
-        shares.push((ShareSetUp { tag, read_only }, files::open_mount(index, &mount.path)?));
+        let (name, read_only) = (BootShare::name_of(index), mount.read_only);
+        boot.push(BootShare { name: name.clone(), mount: mount.mount.clone(), read_only });
+        shares.push((ShareSetUp { name, read_only }, files::open_mount(index, &mount.path)?));
     }
     Ok((boot, shares))
 }

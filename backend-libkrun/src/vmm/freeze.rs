@@ -5,8 +5,9 @@
 //! the clock is set to what it was. Libkrun has no say in it, and needs none: its threads see an interrupted call.
 #![allow(unsafe_code)]
 
+use super::until::until;
 use rustix::{
-    event::{PollFd, PollFlags, poll},
+    event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
     net::{RecvFlags, SendFlags, recv, send},
 };
@@ -19,7 +20,7 @@ use std::{
     ptr,
     sync::atomic::{AtomicU32, Ordering},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 /// What the launcher says to its child.
@@ -38,6 +39,9 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 /// How often their coming is looked at.
 const LOOK: Duration = Duration::from_micros(50);
+
+/// How long is waited for an answer at a time.
+const ANSWER_LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 /// The longest answer.
 const ANSWER: usize = 256;
@@ -117,20 +121,16 @@ impl Freezer {
 
     fn say(&self, order: u8, patience: Duration) -> io::Result<()> {
         send(&self.0, &[order], SendFlags::NOSIGNAL)?;
-        let end = Instant::now() + patience;
-        loop {
-            let left = end.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(io::Error::new(io::ErrorKind::TimedOut, "the child does not answer"));
-            }
-            let wait = rustix::event::Timespec::try_from(left).map_err(io::Error::other)?;
+        let answered = until(patience, Duration::ZERO, || {
             let mut readable = [PollFd::new(&self.0, PollFlags::IN)];
-            match poll(&mut readable, Some(&wait)) {
-                Ok(1..) => break,
-                Ok(0) | Err(Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
+            match poll(&mut readable, Some(&ANSWER_LOOK)) {
+                Ok(0) | Err(Errno::INTR) => None,
+                Ok(1..) => Some(Ok(())),
+                Err(error) => Some(Err(error)),
             }
-        }
+        });
+        let late = || io::Error::new(io::ErrorKind::TimedOut, "the child does not answer");
+        answered.ok_or_else(late)??;
         let mut answer = [0; ANSWER];
         let (length, _) = recv(&self.0, &mut answer, RecvFlags::DONTWAIT)?;
         match &answer[..length] {
@@ -209,7 +209,7 @@ impl Keeper {
             signal_thread(*thread);
         }
         let wanted = u32::try_from(found.threads.len()).unwrap_or(u32::MAX);
-        if !wait_until(|| INSIDE.load(Ordering::SeqCst) == wanted) {
+        if !wait_for_inside(wanted) {
             let_go();
             return Err(io::Error::other("a virtual processor does not stop"));
         }
@@ -267,7 +267,7 @@ impl Keeper {
             unsafe { libc::ioctl(*vcpu, KVM_KVMCLOCK_CTRL, 0) };
         }
         let_go();
-        wait_until(|| INSIDE.load(Ordering::SeqCst) == 0);
+        wait_for_inside(0);
         if set < 0 { Err(error) } else { Ok(()) }
     }
 }
@@ -318,15 +318,9 @@ fn ioctl<T>(fd: libc::c_int, request: libc::c_ulong, argument: &mut T) -> libc::
     unsafe { libc::ioctl(fd, request, ptr::from_mut(argument)) }
 }
 
-fn wait_until(done: impl Fn() -> bool) -> bool {
-    let end = Instant::now() + PATIENCE;
-    while !done() {
-        if Instant::now() >= end {
-            return false;
-        }
-        thread::sleep(LOOK);
-    }
-    true
+/// Waits until so many threads are in the handler, and says whether they are.
+fn wait_for_inside(wanted: u32) -> bool {
+    until(PATIENCE, LOOK, || (INSIDE.load(Ordering::SeqCst) == wanted).then_some(())).is_some()
 }
 
 fn let_go() {

@@ -6,6 +6,7 @@ use super::{
     place::path_of,
     plan::Plan,
     sockets,
+    until::until,
 };
 use rustix::{
     fs::OFlags,
@@ -23,10 +24,10 @@ use std::{
         fd::{AsFd, BorrowedFd, IntoRawFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
-    process, thread,
-    time::{Duration, Instant},
+    process,
+    time::Duration,
 };
-use vm_guest_protocol::AGENT_PORT;
+use vm_guest_protocol::{AGENT_PORT, boot::BootShare};
 use vm_launcher::{
     control::ConsoleDevice,
     inside::{
@@ -145,27 +146,26 @@ impl Guest {
     /// # Errors
     /// Why it does not; then it runs.
     pub(super) fn pause(&self) -> io::Result<()> {
-        let end = Instant::now() + BEGINNING;
-        while let Err(error) = self.freezer.hold(PATIENCE) {
-            if Instant::now() >= end || self.is_over() {
-                return Err(error);
-            }
-            thread::sleep(LOOK);
-        }
+        let mut last = Ok(());
+        until(BEGINNING, LOOK, || {
+            last = self.freezer.hold(PATIENCE);
+            (last.is_ok() || self.is_over()).then_some(())
+        });
+        last?;
         self.signal(Signal::STOP)?;
         let options = WaitIdOptions::STOPPED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-        let end = Instant::now() + PATIENCE;
-        loop {
-            let seen = rustix::process::waitid(WaitId::PidFd(self.exact.as_fd()), options)?;
-            if seen.is_some_and(|seen| seen.stopped()) {
-                return Ok(());
+        let stopped = until(PATIENCE, LOOK, || {
+            match rustix::process::waitid(WaitId::PidFd(self.exact.as_fd()), options) {
+                Ok(seen) if seen.is_some_and(|seen| seen.stopped()) => Some(true),
+                Ok(_) => self.is_over().then_some(false),
+                Err(_) => Some(false),
             }
-            if Instant::now() >= end || self.is_over() {
-                let _ = self.resume();
-                return Err(io::Error::other("the machine's process does not stop"));
-            }
-            thread::sleep(LOOK);
+        });
+        if stopped == Some(true) {
+            return Ok(());
         }
+        let _ = self.resume();
+        Err(io::Error::other("the machine's process does not stop"))
     }
 
     /// Lets the guest go on.
@@ -228,6 +228,10 @@ impl Drop for Guest {
 /// What never comes.
 enum Never {}
 
+fn share_tag() -> CString {
+    CString::new(BootShare::TAG).unwrap_or_default()
+}
+
 /// Describes the machine to libkrun and enters it, in the child.
 fn become_machine(
     plan: &Plan,
@@ -264,12 +268,8 @@ fn become_machine(
         for disk in &plan.disks {
             context.add_disk(&disk.serial, &path_of(&disk.file), disk.read_only)?;
         }
-        for share in &plan.shares {
-            // The dot has the link to the descriptor followed.
-            let mut path = path_of(&share.directory).into_bytes();
-            path.extend(b"/.");
-            let path = CString::new(path).unwrap_or_default();
-            context.add_share(&share.tag, &path, share.read_only)?;
+        if let Some(tree) = &plan.shares {
+            context.add_share(&share_tag(), &tree.path(), tree.is_read_only())?;
         }
         let socket = plan.place.path(SOCKET);
         let socket = CString::new(socket.as_os_str().as_bytes()).unwrap_or_default();

@@ -14,6 +14,8 @@
 //! | where the agent's socket is | `place` |
 //! | the host's ports that lead to the guest's | `ports` |
 //! | what a machine's sockets may do on the host | `sockets` |
+//! | how host directories become one tree | `tree` |
+//! | waiting for what nothing tells of | `until` |
 
 mod context;
 mod freeze;
@@ -23,6 +25,8 @@ mod plan;
 mod ports;
 mod serve;
 mod sockets;
+mod tree;
+mod until;
 
 use std::{io, process::ExitCode};
 use vm_launcher::inside::{fds, greet, process, told};

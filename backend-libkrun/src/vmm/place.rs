@@ -2,12 +2,13 @@
 #![allow(unsafe_code)]
 
 use rustix::{
-    mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, OpenTreeFlags},
+    mount::{FsMountFlags, FsOpenFlags, MountAttrFlags},
+    process::DumpableBehavior,
     thread::UnshareFlags,
 };
 use std::{
     ffi::CString,
-    io,
+    fs, io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::PathBuf,
 };
@@ -26,13 +27,11 @@ impl Place {
     /// # Errors
     /// When the host allows neither.
     pub(super) fn new() -> io::Result<Self> {
-        if let Ok(root) = mount() {
+        if let Ok(root) = file_system_in_memory() {
             return Ok(Self { root });
         }
-        let flags = UnshareFlags::NEWUSER | UnshareFlags::NEWNS;
-        // SAFETY: neither flag takes descriptors away from anything that goes on to use them.
-        unsafe { rustix::thread::unshare_unsafe(flags)? };
-        Ok(Self { root: mount()? })
+        enter_user_namespace()?;
+        Ok(Self { root: file_system_in_memory()? })
     }
 
     /// Gives the path of a name in it, for whoever has its descriptor under the same number.
@@ -47,55 +46,30 @@ impl AsFd for Place {
     }
 }
 
-fn mount() -> rustix::io::Result<OwnedFd> {
+/// Gives this process all rights over mounts that are its own, and over nothing else. Its user stays who it is: files that
+/// it makes are that user's.
+pub(super) fn enter_user_namespace() -> io::Result<()> {
+    let (user, group) = (rustix::process::getuid(), rustix::process::getgid());
+    let flags = UnshareFlags::NEWUSER | UnshareFlags::NEWNS;
+    // SAFETY: neither flag takes descriptors away from anything that goes on to use them.
+    unsafe { rustix::thread::unshare_unsafe(flags)? };
+    // A process that lets nobody read its memory may not write these files.
+    rustix::process::set_dumpable_behavior(DumpableBehavior::Dumpable)?;
+    let mapped = (|| {
+        fs::write("/proc/self/setgroups", "deny")?;
+        fs::write("/proc/self/uid_map", format!("{0} {0} 1", user.as_raw()))?;
+        fs::write("/proc/self/gid_map", format!("{0} {0} 1", group.as_raw()))
+    })();
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
+    mapped
+}
+
+/// Makes a file system in memory that is mounted nowhere.
+pub(super) fn file_system_in_memory() -> rustix::io::Result<OwnedFd> {
     let context = rustix::mount::fsopen(c"tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     rustix::mount::fsconfig_create(&context)?;
     let attributes = MountAttrFlags::MOUNT_ATTR_NOEXEC | MountAttrFlags::MOUNT_ATTR_NODEV;
     rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
-}
-
-/// Makes a mount of a directory that stands nowhere: nothing leads out of it, whatever a guest asks for by `..`, and the
-/// host's kernel refuses writes itself where they are to be refused.
-///
-/// # Errors
-/// When this process may not mount what it was given.
-pub(super) fn confined(directory: &OwnedFd, read_only: bool) -> io::Result<OwnedFd> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE
-        | OpenTreeFlags::OPEN_TREE_CLOEXEC
-        | OpenTreeFlags::AT_EMPTY_PATH
-        | OpenTreeFlags::AT_RECURSIVE;
-    let mount = rustix::mount::open_tree(directory, c"", flags)?;
-    if read_only {
-        forbid_writing(&mount)?;
-    }
-    Ok(mount)
-}
-
-/// `struct mount_attr` of mount_setattr(2).
-#[repr(C)]
-struct MountAttr {
-    set: u64,
-    clear: u64,
-    propagation: u64,
-    userns: u64,
-}
-
-const MOUNT_ATTR_RDONLY: u64 = 1;
-
-fn forbid_writing(mount: &OwnedFd) -> io::Result<()> {
-    let attr = MountAttr { set: MOUNT_ATTR_RDONLY, clear: 0, propagation: 0, userns: 0 };
-    // SAFETY: the path is an empty string with its null, and the structure is of the size given; both outlive the call.
-    let done = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            mount.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
-            &raw const attr,
-            size_of::<MountAttr>(),
-        )
-    };
-    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Gives the path of a descriptor, for whoever has it under the same number.
@@ -112,7 +86,7 @@ mod tests {
     #[test]
     fn sockets_in_it_can_be_reached_by_its_descriptor_alone() {
         // A host that forbids both mounts and user namespaces has no libkrun machines.
-        let Ok(root) = mount() else { return };
+        let Ok(root) = file_system_in_memory() else { return };
         let place = Place { root };
         let path = place.path("socket");
         assert!(UnixStream::connect(&path).is_err());

@@ -1,9 +1,6 @@
 //! [`Plan`]: what a machine is made of.
 
-use super::{
-    place::{Place, confined},
-    ports::HostPorts,
-};
+use super::{place::Place, ports::HostPorts, tree::Tree};
 use rustix::fs::MemfdFlags;
 use std::{
     ffi::CString,
@@ -30,7 +27,7 @@ const PAGE: u64 = 4096;
 /// The longest word with which libkrun announces a device, with its space.
 const DEVICE_WORD: usize = " virtio_mmio.device=4K@0x123456789:99".len();
 
-/// The devices that libkrun adds beside the disks: balloon, entropy, vsock.
+/// The devices that libkrun adds beside disks and host directories: balloon, entropy, vsock.
 const OWN_DEVICES: usize = 3;
 
 /// How many devices more libkrun has interrupt lines for.
@@ -48,7 +45,8 @@ pub(super) struct Plan {
     pub(super) kernel: OwnedFd,
     pub(super) initrd: File,
     pub(super) disks: Vec<Disk>,
-    pub(super) shares: Vec<Share>,
+    /// The host directories that the guest sees.
+    pub(super) shares: Option<Tree>,
     pub(super) place: Place,
     pub(super) console_device: ConsoleDevice,
     pub(super) network: NetworkConfig,
@@ -64,14 +62,6 @@ pub(super) struct Disk {
     pub(super) file: OwnedFd,
 }
 
-/// A directory of the host that the guest sees.
-#[derive(Debug)]
-pub(super) struct Share {
-    pub(super) tag: CString,
-    pub(super) read_only: bool,
-    pub(super) directory: OwnedFd,
-}
-
 impl Plan {
     /// Takes a description apart, and makes the console.
     ///
@@ -81,12 +71,16 @@ impl Plan {
         set_up: &MachineSetUp,
         fds: Vec<OwnedFd>,
     ) -> Result<(Self, Console), Refusal> {
-        let console = usize::from(set_up.console_device == ConsoleDevice::Virtio);
-        let others = console + set_up.disks.len() + set_up.shares.len();
+        // All host directories come by one device, as does a console that is virtio's.
+        let shares = usize::from(!set_up.shares.is_empty());
+        let beside = shares + usize::from(set_up.console_device == ConsoleDevice::Virtio);
+        let others = beside + set_up.disks.len();
         if others > MOST_OTHERS {
-            let most = MOST_OTHERS - console;
-            let reason =
-                format!("{} disks and mounts, libkrun has interrupts for {most}", others - console);
+            let reason = format!(
+                "{} disks, libkrun has interrupts for {}",
+                set_up.disks.len(),
+                MOST_OTHERS - beside
+            );
             return Err(config("disks", reason));
         }
         let mut fds = fds.into_iter();
@@ -111,14 +105,16 @@ impl Plan {
         }
         let place = Place::new();
         let place = place.map_err(|error| failed("a place for the agent's socket", error))?;
-        let mut shares = Vec::new();
+        let mut shared = Vec::new();
         for share in &set_up.shares {
-            let tag = CString::new(share.tag.as_str())
-                .map_err(|error| config("mounts", error.to_string()))?;
-            let directory = confined(&next("mounts")?, share.read_only)
-                .map_err(|error| failed("a mount of its own for a host directory", error))?;
-            shares.push(Share { tag, read_only: share.read_only, directory });
+            shared.push((share.name.as_str(), share.read_only, next("mounts")?));
         }
+        let shares = match shared.is_empty() {
+            true => None,
+            false => Some(
+                Tree::new(&shared).map_err(|error| failed("a tree of host directories", error))?,
+            ),
+        };
         let ports = HostPorts::reserve(set_up.network.ports())?;
         if fds.next().is_some() {
             return Err(Refusal::Failed("too many descriptors came".to_owned()));
@@ -152,7 +148,7 @@ impl Plan {
     pub(super) fn fds(&self) -> Vec<BorrowedFd<'_>> {
         let mut fds = vec![self.kernel.as_fd(), self.initrd.as_fd(), self.place.as_fd()];
         fds.extend(self.disks.iter().map(|disk| disk.file.as_fd()));
-        fds.extend(self.shares.iter().map(|share| share.directory.as_fd()));
+        fds.extend(self.shares.as_ref().map(AsFd::as_fd));
         fds
     }
 }

@@ -59,6 +59,9 @@ pub(super) const CLAUSES: &[Clause] = &[
     clause!(ignored_stop_ends, "lifecycle.ignored_stop_ends",
         "a stop that the guest ignores ends by its deadline with the guest gone",
         [Exec], faults: [StopIgnored]),
+    clause!(unheard_stop_ends, "lifecycle.unheard_stop_ends",
+        "a stop that does not reach the guest ends by its deadline with the guest gone",
+        [Exec], faults: [LinkStall]),
     clause!(kill_preempts_exec, "lifecycle.kill_preempts_exec",
         "kill ends a running exec at once with Interrupted", [Exec], faults: []),
     clause!(ends_preempt_boot, "lifecycle.ends_preempt_boot",
@@ -302,6 +305,22 @@ async fn ignored_stop_ends(ctx: &Context) -> Verdict {
     ensure_eq!(vm.state(), VmState::Stopped, "the state after an ignored stop");
     ensure_err!(process.wait().await, VmErrorKind::Interrupted, "a program of the guest");
     truthful(ctx, &vm, "after an ignored stop").await
+}
+
+async fn unheard_stop_ends(ctx: &Context) -> Verdict {
+    let vm = made(ctx, |config| config.timeouts.kill = millis(ctx, 500, 2000)).await?;
+    vm.start().await?;
+    let process = spawn_sh(&vm, "sleep 1000").await?;
+    let stall = FaultOrder::next(FaultKind::LinkStall).on(vm.id()).with_amount(SOON * 10);
+    let ordered = order(ctx, stall)?;
+    let grace = millis(ctx, 20, 300);
+    let deadline = grace + vm.config().timeouts.kill;
+    let stop = vm.stop(StopOptions::default().with_grace(grace));
+    ctx.within(deadline + SOON, "a stop that nobody hears", stop).await??;
+    ordered.must_have_fired(ctx)?;
+    ensure_eq!(vm.state(), VmState::Stopped, "the state after a stop that nobody heard");
+    ensure_err!(process.wait().await, VmErrorKind::Interrupted, "a program of the guest");
+    truthful(ctx, &vm, "after a stop that nobody heard").await
 }
 
 async fn kill_preempts_exec(ctx: &Context) -> Verdict {

@@ -11,9 +11,12 @@ use crate::{
     ensure, ensure_eq, ensure_err,
 };
 use futures_util::future::join_all;
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 use vm_core::fault::{FaultKind, FaultOrder};
-use vm_trait::{CrashReason, StopOptions, VmErrorKind, VmExit, VmInstanceExt, VmResult, VmState};
+use vm_trait::{
+    Capability, CrashReason, Operation, StopOptions, VmErrorKind, VmExit, VmInstanceExt, VmResult,
+    VmState,
+};
 
 /// The clauses on ends.
 pub(super) const CLAUSES: &[Clause] = &[
@@ -26,6 +29,9 @@ pub(super) const CLAUSES: &[Clause] = &[
         [Exec], faults: [GuestPanic]),
     clause!(vmm_death, "lifecycle.vmm_death_is_seen",
         "the death of the VMM makes the machine Crashed without a call, and fails what is under way with VmmCrashed",
+        [Exec], faults: [VmmKilled]),
+    clause!(vmm_death_any_time, "lifecycle.vmm_death_at_any_moment",
+        "the VMM may die at any moment of a boot, an exec, a pause or a stop: the call ends, and the state is true",
         [Exec], faults: [VmmKilled]),
     clause!(host_loss, "lifecycle.host_loss_is_seen",
         "when the host is lost every machine on it is Crashed, and they start again",
@@ -92,6 +98,70 @@ async fn vmm_death(ctx: &Context) -> Verdict {
     }
     ensure_eq!(vm.state(), VmState::Crashed(CrashReason::VmmDied), "the state afterwards");
     truthful(ctx, &vm, "after the VMM's death").await
+}
+
+async fn vmm_death_any_time(ctx: &Context) -> Verdict {
+    let mut choices = vec![Operation::Start, Operation::Exec, Operation::Stop];
+    if ctx.has(Capability::Pause) {
+        choices.push(Operation::Pause);
+    }
+    let amid = ctx.pick(&choices);
+    let vm = ctx.created().await?;
+    let begun = ctx.now();
+    vm.start().await?;
+    let boot = ctx.now() - begun;
+    let most = match amid {
+        Operation::Start => {
+            vm.kill().await?;
+            boot
+        }
+        _ => Duration::from_millis(100),
+    };
+    let most = u64::try_from(most.as_micros()).unwrap_or(u64::MAX).max(1);
+    let delay = Duration::from_micros(ctx.draw(1, most));
+    let ordered =
+        order(ctx, FaultOrder::next(FaultKind::VmmKilled).on(vm.id()).with_amount(delay))?;
+    let called = async {
+        match amid {
+            Operation::Start => vm.start().await,
+            Operation::Exec => vm.sh("sleep 1000").await.map(drop),
+            Operation::Pause => loop {
+                if let Err(error) = vm.pause().await {
+                    break Err(error);
+                }
+                if let Err(error) = vm.resume().await {
+                    break Err(error);
+                }
+                ctx.sleep(millis(ctx, 0, 5)).await;
+            },
+            _ => {
+                let stubborn = "trap '' TERM; while :; do sleep 0.02; done";
+                spawn_sh(&vm, stubborn).await?.detach().await?;
+                vm.stop(StopOptions::default().with_grace(millis(ctx, 0, 200))).await
+            }
+        }
+    };
+    let outcome = ctx.within(LONG, amid.name(), called).await?;
+    if outcome.is_ok() {
+        // No two boots take the same time.
+        ctx.sleep(delay).await;
+    }
+    if !ordered.fired(ctx) && outcome.is_ok() {
+        // There was no machine when it was due.
+        return Ok(());
+    }
+    ordered.must_have_fired(ctx)?;
+    ctx.within(SOON, "the end of a machine whose VMM died", vm.wait()).await?;
+    let state = vm.state();
+    let true_one = match amid {
+        Operation::Stop => state.is_ended(),
+        Operation::Start => {
+            matches!(state, VmState::Crashed(CrashReason::VmmDied | CrashReason::BootFailed))
+        }
+        _ => state == VmState::Crashed(CrashReason::VmmDied),
+    };
+    ensure!(true_one, "the VMM died amid {amid}, and the machine is {state}");
+    truthful(ctx, &vm, &format!("after the VMM's death amid {amid}")).await
 }
 
 /// Has several operations under way when a fault strikes, and gives what came of them.

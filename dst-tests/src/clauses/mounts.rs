@@ -39,6 +39,9 @@ pub(super) const CLAUSES: &[Clause] = &[
     clause!(no_escape, "mounts.no_escape",
         "neither `..` nor a symbolic link leads from a mount to other files of the host", [Exec, Files, Mounts],
         faults: []),
+    clause!(apart, "mounts.apart",
+        "neither a rename nor a hard link leads from one mount to another, and each keeps its own right to write",
+        [Exec, Files, Mounts], faults: []),
     clause!(shared, "mounts.shared_by_machines",
         "two machines that mount a directory see what the other writes", [Exec, Files, Mounts], faults: []),
     clause!(stays, "mounts.outlive_the_machine",
@@ -315,6 +318,43 @@ async fn no_escape(ctx: &Context) -> Verdict {
         "the guest moved a file into its mount"
     );
     Ok(())
+}
+
+async fn apart(ctx: &Context) -> Verdict {
+    let (open, kept) = (Shared::new(ctx, "/mnt/open").await?, Shared::new(ctx, "/mnt/kept").await?);
+    let (bytes, other) = (some(ctx), some(ctx));
+    open.put(ctx, "file", bytes.clone()).await?;
+    kept.put(ctx, "file", other.clone()).await?;
+    // Which of them is the first must not matter.
+    let mut mounts = vec![open.config(), kept.config().with_read_only(true)];
+    if ctx.one_in(2) {
+        mounts.reverse();
+    }
+    let vm = started(ctx, |config| config.mounts = mounts).await?;
+    for (from, to) in [(&open, &kept), (&kept, &open)] {
+        let (from, to) = (from.inside("file"), to.inside("moved"));
+        ensure!(vm.rename(&from, &to).await.is_err(), "{from} became {to}");
+        let linked = vm.sh(&format!("ln {from} {to} 2>/dev/null")).await?;
+        ensure!(!linked.status.success(), "{to} is a hard link to {from}");
+    }
+    let tries = [
+        "echo x > ../kept/file",
+        "echo x > ../kept/new",
+        "ln -s ../kept way && echo x > way/new",
+        "mount -o remount,rw ../kept; echo x > ../kept/new",
+        "mount -o bind . ../kept; umount ../kept; echo x > ../kept/new",
+    ];
+    for text in tries {
+        let output = vm.sh(&format!("cd {} && {{ {text}; }} 2>/dev/null", open.guest)).await?;
+        ensure!(!output.status.success(), "`{text}` beside a read-only mount: {:?}", output.status);
+    }
+    open.holds(ctx, "file", &bytes, "the one that can be written to").await?;
+    kept.holds(ctx, "file", &other, "the read-only one").await?;
+    for name in ["moved", "new"] {
+        ensure!(kept.get(ctx, name).await.is_err(), "`{name}` was made in a read-only mount");
+    }
+    vm.write(&open.inside("file"), other.clone()).await?;
+    open.holds(ctx, "file", &other, "what was written in the end").await
 }
 
 async fn shared(ctx: &Context) -> Verdict {

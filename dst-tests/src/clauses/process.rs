@@ -147,15 +147,23 @@ async fn slow_reader(ctx: &Context) -> Verdict {
     let vm = ctx.running().await?;
     let size = 4 << 20;
     let slow = vm.spawn(sh("yes | head -c \"$1\"", [size.to_string()])).await?;
+    let mut more = Vec::new();
+    for _ in 0..ctx.draw(0, 4) {
+        let script = "yes | head -c \"$1\" & yes | head -c \"$1\" >&2; wait";
+        more.push(vm.spawn(sh(script, [size.to_string()])).await?);
+    }
     let others = async {
         for _ in 0..10 {
+            vm.ping().await?;
             let bytes = ctx.bytes(length(ctx, 0, 20_000));
             let got = vm.exec(ExecRequest::new("cat").stdin(bytes.clone())).await?;
             same_bytes(&got.stdout, &bytes, "output of a program beside the unread one")?;
         }
         Ok::<_, Broken>(())
     };
-    ctx.within(SOON, "ten programs beside one with unread output", others).await??;
+    ctx.within(SOON, "ten programs beside some with unread output", others).await??;
+    // Whoever drops them has had enough.
+    drop(more);
     let reading = read_to_end(&slow, OutputChannel::Stdout);
     let all = ctx.within(SOON * 3, "the unread output", reading).await??;
     ensure_eq!(all.len(), size, "bytes of the unread output");

@@ -59,11 +59,11 @@ pub struct BootDisk {
     pub read_only: bool,
 }
 
-/// A directory of the host to mount, over virtiofs.
+/// A directory of the host to mount. All directories of a machine come by one virtiofs device, each under a name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BootShare {
-    /// The device's tag.
-    pub tag: String,
+    /// Its name in the device's root.
+    pub name: String,
     /// Where: an absolute path, made if nothing is there.
     pub mount: String,
     /// Whether it is mounted for reading only. It is the host that sees to it that nothing is written.
@@ -71,13 +71,13 @@ pub struct BootShare {
 }
 
 impl BootShare {
-    /// The most bytes of a tag.
-    pub const MAX_TAG: usize = 36;
+    /// The tag of the device.
+    pub const TAG: &str = "shares";
 
-    /// Gives the tag of the host directory that is the `index`th of a machine.
+    /// Gives the name of the host directory that is the `index`th of a machine.
     #[must_use]
-    pub fn tag_of(index: usize) -> String {
-        format!("share-{index}")
+    pub fn name_of(index: usize) -> String {
+        index.to_string()
     }
 }
 
@@ -139,7 +139,7 @@ mod tests {
                 .collect();
             let shares = shares
                 .into_iter()
-                .map(|(tag, mount, read_only)| BootShare { tag, mount, read_only })
+                .map(|(name, mount, read_only)| BootShare { name, mount, read_only })
                 .collect();
             BootConfig { hostname, modules, root, disks, shares }
         }

@@ -1,4 +1,4 @@
-//! Directories of the host, by their virtiofs tags.
+//! Directories of the host, which all come by one virtiofs device.
 
 use super::{Failed, mounts};
 use rustix::{io::Errno, mount::MountFlags};
@@ -14,9 +14,15 @@ const STAGE: &str = "shares";
 
 const KIND: &str = "virtiofs";
 
+const NEITHER: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
+
 /// How long a device may take to appear, and how long is waited before it is tried again.
 const PATIENCE: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(10);
+
+/// Where their device is mounted, beneath a directory that hides it. It stays mounted: some kernels forget what a directory
+/// of it is once they have no use for its parent.
+const PLACE: &str = "/run/twinvm-shares";
 
 /// Mounts host directories. No program gains rights by a file of the host, and none of its devices is the guest's.
 pub(super) fn mount_all(shares: &[BootShare]) -> Result<(), Failed> {
@@ -30,13 +36,16 @@ pub(super) fn mount_all(shares: &[BootShare]) -> Result<(), Failed> {
             "this kernel has no virtiofs: neither built in nor as a module",
         ));
     }
+    mounts::make_dir(PLACE.as_ref()).map_err(Failed::at(STAGE, PLACE))?;
+    mount_device().map_err(Failed::at(STAGE, format_args!("{} at {PLACE}", BootShare::TAG)))?;
     for share in shares {
-        let at = Path::new(&share.mount);
-        mounts::make_dir(at).map_err(Failed::at(STAGE, &share.mount))?;
-        mount(share)
-            .map_err(Failed::at(STAGE, format_args!("{} at {}", share.tag, share.mount)))?;
+        mounts::make_dir(share.mount.as_ref()).map_err(Failed::at(STAGE, &share.mount))?;
+        bind(share)
+            .map_err(Failed::at(STAGE, format_args!("{} at {}", share.name, share.mount)))?;
     }
-    Ok(())
+    let flags = NEITHER | MountFlags::RDONLY;
+    rustix::mount::mount("tmpfs", PLACE, "tmpfs", flags, c"mode=0")
+        .map_err(Failed::at(STAGE, PLACE))
 }
 
 /// Says whether a list of file systems, as the kernel writes it, has virtiofs.
@@ -44,19 +53,25 @@ fn is_known(list: &str) -> bool {
     list.lines().any(|line| line.split_ascii_whitespace().next_back() == Some(KIND))
 }
 
-fn mount(share: &BootShare) -> rustix::io::Result<()> {
-    let mut flags = MountFlags::NOSUID | MountFlags::NODEV;
-    if share.read_only {
-        flags |= MountFlags::RDONLY;
-    }
+fn mount_device() -> rustix::io::Result<()> {
     let end = Instant::now() + PATIENCE;
     loop {
-        match rustix::mount::mount(&share.tag, &share.mount, KIND, flags, c"") {
+        match rustix::mount::mount(BootShare::TAG, PLACE, KIND, NEITHER, c"") {
             // There is no device of that tag yet.
             Err(Errno::INVAL) if Instant::now() < end => thread::sleep(PAUSE),
             other => return other,
         }
     }
+}
+
+/// Shows one directory of the device where it is to be seen.
+fn bind(share: &BootShare) -> rustix::io::Result<()> {
+    rustix::mount::mount_bind(Path::new(PLACE).join(&share.name), &share.mount)?;
+    if share.read_only {
+        let flags = MountFlags::BIND | MountFlags::RDONLY | NEITHER;
+        rustix::mount::mount_remount(&share.mount, flags, c"")?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
