@@ -103,6 +103,15 @@ fn a_guest_with_tsi_is_reached_and_reaches_its_host() {
         assert!(text.as_ref().is_some_and(|it| it.contains("from the guest")), "{text:?}");
         let heard = sh(&vm, &format!("nc 127.0.0.1 {there} </dev/null")).await;
         assert_eq!(heard, "from the host");
+        // Other addresses of the host lead nowhere.
+        assert!(TcpStream::connect(("127.0.0.2", mapped)).is_err());
+        // The guest's ports are its own, mapped or not, and the others are nobody else's.
+        let own = |port| format!("wget -q -O - http://127.0.0.1:{port}/word");
+        assert_eq!(sh(&vm, &own(80)).await, "from the guest\n");
+        let unmapped = free_port();
+        let serve = format!("httpd -p {unmapped} -h /srv && {}", own(unmapped));
+        assert_eq!(sh(&vm, &serve).await, "from the guest\n");
+        assert_eq!(fetched(unmapped), None);
         // The agent's link is another kind of socket.
         assert!(vm.ping().await.is_ok());
         vm.pause().await.unwrap();
