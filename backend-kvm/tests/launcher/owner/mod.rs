@@ -27,8 +27,8 @@ use std::{
     time::{Duration, Instant},
 };
 use vm_backend_kvm::control::{
-    Answer, CONTROL_FD, ConsoleDevice, FromLauncher, LIFELINE_FD, MAX_FDS, MAX_PACKET, MachineSetUp, Refusal,
-    Request, ToLauncher,
+    Answer, CONTROL_FD, ConsoleDevice, FromLauncher, LIFELINE_FD, MAX_FDS, MAX_PACKET,
+    MachineSetUp, Refusal, Request, ToLauncher,
 };
 
 /// How long anything may take.
