@@ -259,7 +259,8 @@ mod tests {
         let directories = host.directories();
         alone(|| {
             // Some hosts forbid it.
-            if enter_user_namespace().is_err() {
+            if let Err(error) = enter_user_namespace() {
+                assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{error}");
                 return;
             }
             let place = Place::new().unwrap();

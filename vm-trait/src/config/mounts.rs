@@ -13,6 +13,7 @@ const MAX_GUEST_PATH: usize = 1024;
 /// The directory is the host's and no part of the machine: snapshots do not hold it, a restored or forked machine
 /// shares it with all others that have it, and it stays as it is when the machine ends. Nothing outside of it can be
 /// reached from the guest: symbolic links are followed in the guest's own tree.
+/// What else the host has mounted below it is seen as it is when the machine starts.
 ///
 /// ```
 /// use vm_trait::{MountConfig, VmConfig};
