@@ -45,8 +45,8 @@ impl KrunBackendBuilder {
         self
     }
 
-    /// Sets the kernel of machines whose configuration names none. Default
-    /// [`Kernel::find`](vm_guest_image::Kernel::find).
+    /// Sets the kernel of machines whose configuration names none, which says what the backend claims. It may be a
+    /// libkrunfw. Default [`Kernel::find_with_libkrunfw`](vm_guest_image::Kernel::find_with_libkrunfw).
     pub fn with_kernel(mut self, path: impl Into<PathBuf>) -> Self {
         self.hypervisor = self.hypervisor.with_kernel(path);
         self

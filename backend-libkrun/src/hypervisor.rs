@@ -8,9 +8,10 @@ use std::{
     sync::{Arc, OnceLock},
 };
 use vm_core::machine::{Hypervisor, Machine, MachineError, MachineSpec};
+use vm_guest_image::{Kernel, KernelError};
 use vm_launcher::{
     files,
-    images::Images,
+    images::{self, Images},
     life::{Lives, StageTimes},
     machine::LauncherMachine,
     parcel::{self, MAX_VCPUS, Maker},
@@ -18,7 +19,7 @@ use vm_launcher::{
 };
 use vm_trait::{Capabilities, Capability, HostLimits, VmConfig, VmId};
 
-/// What machines of this kind can do.
+/// What machines of this kind can do with any kernel.
 const CLAIMS: &[Capability] = &[
     Capability::Exec,
     Capability::Files,
@@ -72,7 +73,8 @@ impl KrunHypervisorBuilder {
         self
     }
 
-    /// Sets the kernel of machines whose configuration names none. Default [`Kernel::find`](vm_guest_image::Kernel::find).
+    /// Sets the kernel of machines whose configuration names none, which says what the backend claims. It may be a
+    /// libkrunfw. Default [`Kernel::find_with_libkrunfw`].
     pub fn with_kernel(mut self, path: impl Into<PathBuf>) -> Self {
         self.kernel = Some(path.into());
         self
@@ -94,7 +96,7 @@ impl KrunHypervisorBuilder {
             Some(path) => LauncherProgram::at(&LAUNCHER, path)?,
             None => LauncherProgram::find(&LAUNCHER)?,
         };
-        let images = Arc::new(Images::new(self.kernel, self.modules));
+        let images = Arc::new(Images::new(self.kernel, self.modules).with_libkrunfw());
         Ok(KrunHypervisor {
             maker: Maker { kind: &LAUNCHER, launcher, images },
             lives: Arc::default(),
@@ -109,10 +111,18 @@ impl KrunHypervisor {
         KrunHypervisorBuilder::default()
     }
 
-    /// Gives what machines of this kind can do, on whatever host.
+    /// Gives what machines of this kind can do, on whatever host and with whatever kernel.
     #[must_use]
     pub fn claims() -> Capabilities {
         CLAIMS.iter().copied().collect()
+    }
+
+    /// Gives what they can do with this kernel. It reads all of the kernel.
+    ///
+    /// # Errors
+    /// When the kernel cannot be read.
+    pub fn claims_with(kernel: &Kernel) -> Result<Capabilities, KernelError> {
+        kernel.has_tsi().map(claims)
     }
 
     /// Gives the launcher that runs the machines.
@@ -146,7 +156,8 @@ impl Hypervisor for KrunHypervisor {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Self::claims()
+        // Without a kernel there will be no machine, and creating one says so.
+        claims(self.maker.images.check_kernel(None).is_ok_and(|kernel| kernel.has_tsi))
     }
 
     fn limits(&self) -> HostLimits {
@@ -154,7 +165,8 @@ impl Hypervisor for KrunHypervisor {
     }
 
     fn check(&self, config: &VmConfig) -> Result<(), MachineError> {
-        self.maker.images.check_kernel(config.kernel.path.as_deref())?;
+        let kernel = self.maker.images.check_kernel(config.kernel.path.as_deref())?;
+        images::check_network(kernel, &config.network)?;
         files::check(config)
     }
 
@@ -165,4 +177,9 @@ impl Hypervisor for KrunHypervisor {
         let life = self.maker.make(spec).await?;
         Ok(Arc::new(LauncherMachine::new(spec, life, &self.lives)))
     }
+}
+
+fn claims(has_tsi: bool) -> Capabilities {
+    let tsi = has_tsi.then_some(Capability::NetworkTsi);
+    CLAIMS.iter().copied().chain(tsi).collect()
 }

@@ -5,8 +5,9 @@
 //! # What it needs
 //!
 //! - `/dev/kvm`, and the right to open it;
-//! - a kernel, and its modules where vsock and virtio are modules: see [`Kernel::find`](vm_guest_image::Kernel::find).
-//!   It is the same that machines of KVM have, and so are the initial file system and the agent in it;
+//! - a kernel, and its modules where vsock and virtio are modules: see
+//!   [`Kernel::find_with_libkrunfw`](vm_guest_image::Kernel::find_with_libkrunfw). It may be the same that machines of KVM
+//!   have, or that of libkrunfw, which alone can do TSI; initial file system and agent are the same with either;
 //! - a launcher program: see [`LauncherProgram::find`]. The simplest is the program itself: its `main` calls
 //!   [`run_launcher_if_asked`] before anything else. Only a launcher has libkrun in it, so a program that uses another one
 //!   can do without this crate's features.

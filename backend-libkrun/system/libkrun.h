@@ -16,6 +16,8 @@ int krun_set_vm_config(unsigned int ctx_id, unsigned char num_vcpus, unsigned in
 int krun_set_kernel(unsigned int ctx_id, const char *kernel_path, unsigned int kernel_format, const char *initramfs,
                     const char *cmdline);
 int krun_add_serial_console_default(unsigned int ctx_id, int input_fd, int output_fd);
+int krun_add_virtio_console_multiport(unsigned int ctx_id);
+int krun_add_console_port_tty(unsigned int ctx_id, unsigned int console_id, const char *name, int tty_fd);
 int krun_add_disk2(unsigned int ctx_id, const char *block_id, const char *disk_path, unsigned int disk_format,
                    _Bool read_only);
 int krun_add_virtiofs3(unsigned int ctx_id, const char *tag, const char *path, unsigned long shm_size, _Bool read_only);

@@ -15,6 +15,8 @@ pub struct Clause {
     pub promise: &'static str,
     /// What a backend must claim for the promise to bind it.
     pub requires: &'static [Capability],
+    /// Of these a backend must claim one or more for the promise to bind it; none are needed where there are none.
+    pub requires_one: &'static [Capability],
     /// Faults without which the promise cannot be put to the test. A target that cannot make one of them happen
     /// leaves the clause out, and says so.
     pub needs_faults: &'static [FaultKind],
@@ -53,6 +55,13 @@ impl Clause {
     #[must_use]
     pub const fn fresh(mut self) -> Self {
         self.needs_fresh = true;
+        self
+    }
+
+    /// Binds only backends that claim one of these.
+    #[must_use]
+    pub const fn with_one_of(mut self, capabilities: &'static [Capability]) -> Self {
+        self.requires_one = capabilities;
         self
     }
 
@@ -126,6 +135,7 @@ macro_rules! clause {
             id: $id,
             promise: $promise,
             requires: &[$(vm_trait::Capability::$cap),*],
+            requires_one: &[],
             needs_faults: &[$(vm_core::fault::FaultKind::$fault),*],
             undisturbed: false,
             needs_fresh: false,

@@ -41,6 +41,8 @@ mod meetings;
 mod metrics;
 mod mounts;
 mod network;
+mod network_life;
+mod network_ports;
 mod pause;
 mod probe;
 mod process;
@@ -103,6 +105,8 @@ const GROUPS: &[&[Clause]] = &[
     limits::CLAUSES,
     mounts::CLAUSES,
     network::CLAUSES,
+    network_ports::CLAUSES,
+    network_life::CLAUSES,
     errors::CLAUSES,
     events::CLAUSES,
     metrics::CLAUSES,

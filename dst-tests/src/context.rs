@@ -3,6 +3,7 @@
 use crate::{
     clause::{Broken, Verdict},
     history::Assignment,
+    host_network::{HostListener, HostNetwork},
     pool::WarmPool,
     target::Run,
     template::Template,
@@ -14,6 +15,7 @@ use rand_chacha::{
     rand_core::{Rng, SeedableRng},
 };
 use std::{
+    collections::BTreeSet,
     fmt,
     future::Future,
     io,
@@ -26,6 +28,7 @@ use vm_core::{
     env::{Env, timeout},
     fault::{FaultControl, FaultKind, FaultOrder},
     host_fs::HostFs,
+    machine::Link,
 };
 use vm_trait::{Capabilities, Capability, VmBackend, VmConfig, VmInstance, VmResult};
 
@@ -45,6 +48,8 @@ pub struct Setup {
     pub host_dir: PathBuf,
     /// The file system in which that directory is.
     pub host_fs: Arc<dyn HostFs>,
+    /// The loopback ports of that host.
+    pub host_network: Arc<dyn HostNetwork>,
     /// Lists what is left on the host once every handle is dropped; empty where nothing is. It is asked again for a
     /// while before what it says is held against the backend.
     pub leftovers: Arc<dyn Fn() -> Vec<String> + Send + Sync>,
@@ -63,6 +68,8 @@ pub struct Context {
     run: Run,
     rng: Mutex<ChaCha8Rng>,
     borrowed: Mutex<Vec<Arc<dyn VmInstance>>>,
+    /// The ports of the host that this run was given.
+    ports: Mutex<BTreeSet<u16>>,
 }
 
 impl Context {
@@ -74,7 +81,13 @@ impl Context {
             (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
         });
         let rng = ChaCha8Rng::seed_from_u64(run.seed ^ salt);
-        Self { setup, run, rng: Mutex::new(rng), borrowed: Mutex::default() }
+        Self {
+            setup,
+            run,
+            rng: Mutex::new(rng),
+            borrowed: Mutex::default(),
+            ports: Mutex::default(),
+        }
     }
 
     /// Gives the backend.
@@ -193,6 +206,42 @@ impl Context {
         file.write_all(bytes).await?;
         drop(file);
         self.setup.host_fs.rename(&aside, path).await
+    }
+
+    /// Finds a loopback port of the host that nobody has, another one each time, and keeps it from other checks of this
+    /// program.
+    ///
+    /// # Errors
+    /// [`Broken`] where none can be found.
+    pub async fn host_port(&self) -> Result<u16, Broken> {
+        const TRIES: u32 = 1_000;
+        // Below those that hosts give to their own connections.
+        let (low, high) = (10_000, 29_999);
+        let network = &self.setup.host_network;
+        for _ in 0..TRIES {
+            let port = u16::try_from(self.draw(low, high)).unwrap_or(u16::MAX);
+            let fresh = self.ports.lock().unwrap_or_else(PoisonError::into_inner).insert(port);
+            if fresh && network.reserve(port) && network.listen(port).await.is_ok() {
+                return Ok(port);
+            }
+        }
+        Err(Broken::new("no port of the host is free"))
+    }
+
+    /// Connects to a loopback port of the host.
+    ///
+    /// # Errors
+    /// The host's.
+    pub async fn host_connect(&self, port: u16) -> io::Result<Box<dyn Link>> {
+        self.setup.host_network.connect(port).await
+    }
+
+    /// Listens on a loopback port of the host, until what it gives is dropped.
+    ///
+    /// # Errors
+    /// The host's.
+    pub async fn host_listen(&self, port: u16) -> io::Result<Box<dyn HostListener>> {
+        self.setup.host_network.listen(port).await
     }
 
     /// Draws a number of `low..=high`.

@@ -28,8 +28,13 @@ pub fn markdown() -> String {
         let _ = write!(text, "\n## {name} ({})\n\n", members.len());
         text += "| clause | promise | capabilities | faults |\n| --- | --- | --- | --- |\n";
         for clause in members {
-            let needs = code(clause.requires.iter().map(|capability| capability.name()));
-            let faults = code(clause.needs_faults.iter().map(|kind| kind.name()));
+            let mut needs = code(clause.requires.iter().map(|capability| capability.name()), ", ");
+            if !clause.requires_one.is_empty() {
+                let one_of = clause.requires_one.iter().map(|capability| capability.name());
+                let comma = if needs.is_empty() { "" } else { ", " };
+                let _ = write!(needs, "{comma}{}", code(one_of, " or "));
+            }
+            let faults = code(clause.needs_faults.iter().map(|kind| kind.name()), ", ");
             let promise = clause.promise.replace('|', "\\|");
             let _ = writeln!(text, "| `{}` | {promise} | {needs} | {faults} |", clause.id);
         }
@@ -49,8 +54,8 @@ pub fn plain() -> String {
     })
 }
 
-fn code(names: impl Iterator<Item = &'static str>) -> String {
-    names.map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
+fn code(names: impl Iterator<Item = &'static str>, between: &str) -> String {
+    names.map(|name| format!("`{name}`")).collect::<Vec<_>>().join(between)
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@
 //! | --- | --- |
 //! | [`clause`](mod@clause) | [`Clause`](clause::Clause): a promise as data and a check |
 //! | [`context`] | what a check has at hand: the backend, generated inputs, time, faults |
+//! | [`host_network`] | the loopback ports of the host, a real or a simulated one |
 //! | [`clauses`] | the clauses themselves, by group |
 //! | [`history`] | generated histories: scripts, the reference model, shrinking, comparing backends |
 //! | [`honesty`] | the clauses that bind a backend to answer `Unsupported` |
@@ -51,6 +52,7 @@ pub mod environment;
 pub mod filter;
 pub mod history;
 pub mod honesty;
+pub mod host_network;
 pub mod merge;
 pub mod mutants;
 mod ordered;

@@ -76,6 +76,11 @@ fn left_out(target: &dyn Target, clause: &Clause) -> Option<String> {
     if !lacking.is_empty() {
         return Some(format!("the backend has no {}", lacking.join(", ")));
     }
+    let one_of = clause.requires_one;
+    if !one_of.is_empty() && !one_of.iter().any(|need| claimed.has(*need)) {
+        let names: Vec<_> = one_of.iter().map(|need| need.name()).collect();
+        return Some(format!("the backend has no {}", names.join(" and no ")));
+    }
     let faults: Vec<_> = clause
         .needs_faults
         .iter()

@@ -30,6 +30,7 @@ thread_local! {
             max_processes: 32,
             disks: Vec::new(),
             shares: Vec::new(),
+            host_loopback: false,
         };
         SimOs::new(config, Arc::new(ProgramRegistry::new())).expect("a guest without disks")
     };

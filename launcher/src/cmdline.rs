@@ -1,13 +1,16 @@
 //! The words of a kernel's command line that do not depend on the VMM.
 
-use crate::{control::Refusal, inside::refuse::config};
+use crate::{
+    control::{ConsoleDevice, Refusal},
+    inside::refuse::config,
+};
 
-/// Words for every kernel, in front of the user's so that those win.
+/// Words for every kernel but the one that names its console, in front of the user's so that those win.
 ///
 /// Panics reset at once (`panic=-1`), which is how the VMM learns of them; reset by the keyboard controller needs no
 /// ACPI. There is no PCI to probe, one serial port, and a timer that works without a check. The processor's random
 /// numbers are trusted: the hypervisor could read the guest's pool anyway.
-pub const BASE: &str = "console=ttyS0 loglevel=4 panic=-1 reboot=k pci=off no_timer_check noreplace-smp \
+pub const BASE: &str = "loglevel=4 panic=-1 reboot=k pci=off no_timer_check noreplace-smp \
     8250.nr_uarts=1 io_delay=none cryptomgr.notests random.trust_cpu=on";
 
 /// Leaves out the files of tracefs, of which stock kernels before 6.6 make thousands: a quarter of their time to the
@@ -17,8 +20,16 @@ pub const NO_TRACE_FILES: &str = "initcall_blacklist=tracer_init_tracefs";
 
 /// Puts a command line together: words for every kernel, those that announce devices, the user's.
 #[must_use]
-pub fn line(user: &str, devices: impl IntoIterator<Item = String>) -> String {
-    let mut line = BASE.to_owned();
+pub fn line(
+    console: ConsoleDevice,
+    user: &str,
+    devices: impl IntoIterator<Item = String>,
+) -> String {
+    let console = match console {
+        ConsoleDevice::SerialPort => "ttyS0",
+        ConsoleDevice::Virtio => "hvc0",
+    };
+    let mut line = format!("console={console} {BASE}");
     if !user.split_whitespace().any(|word| word.starts_with("initcall_blacklist=")) {
         line.push(' ');
         line.push_str(NO_TRACE_FILES);
@@ -56,10 +67,12 @@ mod tests {
 
     #[test]
     fn the_users_words_come_last_and_win() {
-        let shown = line("quiet panic=0", ["device=1".to_owned()]);
-        assert!(shown.starts_with(BASE) && shown.contains(NO_TRACE_FILES));
+        let serial = ConsoleDevice::SerialPort;
+        let shown = line(serial, "quiet panic=0", ["device=1".to_owned()]);
+        assert!(shown.starts_with("console=ttyS0 ") && shown.contains(NO_TRACE_FILES));
+        assert!(line(ConsoleDevice::Virtio, "", []).starts_with("console=hvc0 "));
         assert!(shown.ends_with(" device=1 quiet panic=0"), "{shown}");
-        let shown = line("initcall_blacklist=none", []);
+        let shown = line(serial, "initcall_blacklist=none", []);
         assert_eq!(shown.matches("initcall_blacklist=").count(), 1);
     }
 

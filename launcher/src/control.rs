@@ -9,7 +9,7 @@
 //! under numbers that count up; each is answered with [`FromLauncher::Reply`] under the same number, in any order.
 
 use serde::{Deserialize, Serialize};
-use vm_trait::Inspection;
+use vm_trait::{Inspection, NetworkConfig};
 
 /// The descriptor on which a launcher finds its control socket.
 pub const CONTROL_FD: i32 = 3;
@@ -83,6 +83,8 @@ pub struct MachineSetUp {
     /// Whether the command line names the virtio devices, for kernels that don't look for them in the tables of ACPI. One
     /// that looks there and is told here too complains about each.
     pub devices_in_cmdline: bool,
+    /// Where the kernel prints to. A launcher that has no such device leaves it without a console.
+    pub console_device: ConsoleDevice,
     /// How many descriptors make up the initial RAM disk; they are put one after the other, each at a multiple of 4.
     pub initrd_parts: u8,
     /// How many of the last console bytes the ring keeps. The ring's file has this layout: a little-endian `u64`
@@ -98,6 +100,17 @@ pub struct MachineSetUp {
     pub shares: Vec<ShareSetUp>,
     /// The guest's vsock address.
     pub vsock_cid: u32,
+    /// The guest's network.
+    pub network: NetworkConfig,
+}
+
+/// A device that a kernel prints to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ConsoleDevice {
+    /// A PC's first serial port, `ttyS0`.
+    SerialPort,
+    /// Virtio's console, `hvc0`.
+    Virtio,
 }
 
 /// A block device to be made; its file comes as a descriptor.
@@ -298,6 +311,9 @@ pub enum Refusal {
     /// Nothing in the guest listens there.
     #[error("nothing in the guest listens on the port")]
     NotListening,
+    /// Somebody has this port of the host.
+    #[error("port {0} of the host is taken")]
+    PortInUse(u32),
     /// A system call, KVM or the VMM's library failed.
     #[error("{0}")]
     Failed(String),

@@ -12,7 +12,8 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 use vm_core::machine::MachineError;
-use vm_guest_image::{Image, Kernel, KernelFile, KernelModules};
+use vm_guest_image::{Image, Kernel, KernelError, KernelFile, KernelModules};
+use vm_trait::NetworkConfig;
 
 /// How many initial file systems are kept. Those used least lately are given up; machines that have them keep them.
 const KEPT: usize = 8;
@@ -29,7 +30,20 @@ const SETTLED: Duration = Duration::from_secs(2);
 pub struct Images {
     kernel: Option<PathBuf>,
     modules: Option<PathBuf>,
+    with_libkrunfw: bool,
     shelf: Mutex<Shelf>,
+}
+
+/// What is known of a kernel by its bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct KernelTraits {
+    /// Whether it finds virtio devices in the tables of ACPI.
+    pub finds_devices_by_acpi: bool,
+    /// Whether it prints to a serial port; else virtio's console is what it may have.
+    pub drives_serial_port: bool,
+    /// Whether it can have the host's sockets in place of its own.
+    pub has_tsi: bool,
 }
 
 /// A kernel and an initial file system with its modules.
@@ -39,8 +53,8 @@ pub struct Prepared {
     pub kernel: KernelFile,
     /// The initial file system.
     pub image: Image,
-    /// Whether the kernel finds virtio devices in the tables of ACPI.
-    pub devices_by_acpi: bool,
+    /// What is known of the kernel.
+    pub traits: KernelTraits,
 }
 
 #[derive(Debug, Default)]
@@ -55,7 +69,7 @@ struct KnownKernel {
     stamp: u64,
     kernel: Kernel,
     modules: KernelModules,
-    devices_by_acpi: bool,
+    traits: KernelTraits,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -75,15 +89,22 @@ impl Images {
     /// Uses this kernel and these modules where a configuration names no kernel.
     #[must_use]
     pub fn new(kernel: Option<PathBuf>, modules: Option<PathBuf>) -> Self {
-        Self { kernel, modules, shelf: Mutex::default() }
+        Self { kernel, modules, with_libkrunfw: false, shelf: Mutex::default() }
+    }
+
+    /// Takes the kernel of an installed libkrunfw before the host's own, where none is named.
+    #[must_use]
+    pub fn with_libkrunfw(mut self) -> Self {
+        self.with_libkrunfw = true;
+        self
     }
 
     /// Checks that there is a kernel at `path`, or by default, and that its modules are there.
     ///
     /// # Errors
     /// [`MachineError::Config`] for `kernel.path`.
-    pub fn check_kernel(&self, path: Option<&Path>) -> Result<(), MachineError> {
-        self.kernel(path).map(drop)
+    pub fn check_kernel(&self, path: Option<&Path>) -> Result<KernelTraits, MachineError> {
+        Ok(self.kernel(path)?.traits)
     }
 
     fn kernel(&self, path: Option<&Path>) -> Result<KnownKernel, MachineError> {
@@ -95,14 +116,15 @@ impl Images {
         }
         let found = match path {
             Some(path) => Kernel::open(path),
+            None if self.with_libkrunfw => Kernel::find_with_libkrunfw(self.kernel.as_deref()),
             None => Kernel::find(self.kernel.as_deref()),
         };
         let fail = |error| config("kernel.path", &error);
         let kernel = found.map_err(fail)?;
         let modules = KernelModules::find(&kernel, self.modules.as_deref()).map_err(fail)?;
-        let devices_by_acpi = kernel.finds_virtio_by_acpi().map_err(fail)?;
+        let traits = KernelTraits::of(&kernel).map_err(fail)?;
         let stamp = fs::metadata(kernel.path()).map_err(|error| config("kernel.path", &error))?;
-        let known = KnownKernel { stamp: stamp_of(&stamp), kernel, modules, devices_by_acpi };
+        let known = KnownKernel { stamp: stamp_of(&stamp), kernel, modules, traits };
         let mut shelf = lock(&self.shelf);
         if shelf.kernels.len() >= KEPT {
             shelf.kernels.clear();
@@ -120,10 +142,10 @@ impl Images {
         kernel: Option<&Path>,
         root: Option<&Path>,
     ) -> Result<Prepared, MachineError> {
-        let KnownKernel { kernel, modules, devices_by_acpi, .. } = self.kernel(kernel)?;
+        let KnownKernel { kernel, modules, traits, .. } = self.kernel(kernel)?;
         let file = kernel.elf().map_err(|error| config("kernel.path", &error))?;
         let image = self.image(&kernel, &modules, root)?;
-        Ok(Prepared { image, kernel: file, devices_by_acpi })
+        Ok(Prepared { image, kernel: file, traits })
     }
 
     fn image(
@@ -177,6 +199,33 @@ impl Images {
         }
         slot
     }
+}
+
+impl KernelTraits {
+    /// Reads a kernel for them.
+    ///
+    /// # Errors
+    /// As [`Kernel::elf`].
+    pub fn of(kernel: &Kernel) -> Result<Self, KernelError> {
+        Ok(Self {
+            finds_devices_by_acpi: kernel.finds_virtio_by_acpi()?,
+            drives_serial_port: kernel.drives_serial_port()?,
+            has_tsi: kernel.has_tsi()?,
+        })
+    }
+}
+
+/// Checks that a kernel has what a network needs.
+///
+/// # Errors
+/// [`MachineError::Config`] for `network`.
+pub fn check_network(kernel: KernelTraits, network: &NetworkConfig) -> Result<(), MachineError> {
+    if matches!(network, NetworkConfig::Tsi(_)) && !kernel.has_tsi {
+        let reason =
+            "TSI needs a kernel that can do it: name a libkrunfw (`libkrunfw.so.5`) as the kernel";
+        return Err(config("network", &reason));
+    }
+    Ok(())
 }
 
 /// Looks at every file of a tree, in a fixed order and without following symbolic links.

@@ -628,6 +628,7 @@ impl From<Refusal> for MachineError {
             }
             Refusal::Unsupported(what) => Self::Unsupported(what),
             Refusal::NotListening => Self::NotListening,
+            Refusal::PortInUse(port) => Self::PortInUse(port),
             Refusal::Failed(reason) => Self::Failed(reason),
         }
     }

@@ -280,6 +280,7 @@ fn a_set_up_is_refused_with_its_field() {
             memory_mib: 64,
             cmdline: String::new(),
             devices_in_cmdline: true,
+            console_device: crate::control::ConsoleDevice::SerialPort,
             initrd_parts: 0,
             console_ring_bytes: 1024,
             console_file: false,
@@ -287,6 +288,7 @@ fn a_set_up_is_refused_with_its_field() {
             disks: Vec::new(),
             shares: Vec::new(),
             vsock_cid: 3,
+            network: vm_trait::NetworkConfig::None,
         };
         let files = [File::open("/dev/null").unwrap(), File::open("/dev/zero").unwrap()];
         let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();

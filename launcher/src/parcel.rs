@@ -1,9 +1,9 @@
 //! What a machine is made of, and how a launcher is sent it.
 
 use crate::{
-    control::{DiskSetUp, MachineSetUp, ShareSetUp, ToLauncher},
+    control::{ConsoleDevice, DiskSetUp, MachineSetUp, ShareSetUp, ToLauncher},
     files,
-    images::{Images, Prepared},
+    images::{self, Images, Prepared},
     life::{Life, host},
     machine::name_of,
     program::{LauncherKind, LauncherProgram, Started},
@@ -138,6 +138,7 @@ impl Parcel {
             _ => return Err(MachineError::Unsupported("this kind of root".to_owned())),
         };
         let prepared = images.prepare(config.kernel.path.as_deref(), root_dir)?;
+        images::check_network(prepared.traits, &config.network)?;
         let mut devices = Devices::default();
         let mut needs = vec![Need::Vsock, Need::Entropy];
         let root = match root_image {
@@ -168,7 +169,12 @@ impl Parcel {
         let console_file = console_file.transpose()?;
         let set_up = MachineSetUp {
             cmdline: config.kernel.cmdline.clone(),
-            devices_in_cmdline: !prepared.devices_by_acpi || turns_acpi_off(&config.kernel.cmdline),
+            console_device: match prepared.traits.drives_serial_port {
+                true => ConsoleDevice::SerialPort,
+                false => ConsoleDevice::Virtio,
+            },
+            devices_in_cmdline: !prepared.traits.finds_devices_by_acpi
+                || turns_acpi_off(&config.kernel.cmdline),
             initrd_parts: 2 + u8::from(user_initrd.is_some()),
             disks: devices.set_ups,
             shares: shares.iter().map(|(set_up, _)| set_up.clone()).collect(),
@@ -208,6 +214,7 @@ pub fn plain_set_up(config: &VmConfig, name: String, console_file: bool) -> Mach
         memory_mib: config.memory.0,
         cmdline: String::new(),
         devices_in_cmdline: false,
+        console_device: ConsoleDevice::SerialPort,
         initrd_parts: 0,
         console_ring_bytes: config.console_bytes,
         console_file,
@@ -215,6 +222,7 @@ pub fn plain_set_up(config: &VmConfig, name: String, console_file: bool) -> Mach
         disks: Vec::new(),
         shares: Vec::new(),
         vsock_cid: GUEST_CID,
+        network: config.network.clone(),
     }
 }
 

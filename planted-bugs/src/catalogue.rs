@@ -332,5 +332,13 @@ bugs! {
             "An incremental snapshot misses the last page that changed.",
         ChildSharesDisk = "child-shares-disk":
             "A fork's child writes its disks to the host's files.",
+        PortOutlivesMachine = "port-outlives-machine":
+            "The mapped ports of a machine that has ended stay taken.",
+        PortLeadsAstray = "port-leads-astray":
+            "Every mapped port leads to where the first one does.",
+        LonelyGuestReachesHost = "lonely-guest-reaches-host":
+            "A guest without a network reaches the loopback services of its host.",
+        ChildrenTakePorts = "children-take-ports":
+            "The mapped ports lead to the newest copy of a machine, and not to the machine.",
     }
 }

@@ -35,8 +35,7 @@ pub struct SimBackend {
 }
 
 /// What real machines can do and simulated ones cannot.
-const NOT_SIMULATED: [Capability; 4] =
-    [Capability::Root, Capability::Kernel, Capability::NetworkTsi, Capability::NetworkPasst];
+const NOT_SIMULATED: [Capability; 2] = [Capability::Root, Capability::Kernel];
 
 /// What a simulation is made of.
 #[derive(Clone, Debug, Default)]

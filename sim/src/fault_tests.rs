@@ -3,15 +3,16 @@
 use crate::{FaultPlan, SimBackend, Timeline, scenario};
 use bytes::Bytes;
 use std::{collections::BTreeSet, future::Future, sync::Arc, time::Duration};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use vm_core::{
     env::{Env, timeout},
     fault::{FaultKind, FaultOrder},
     host_fs::HostFs,
 };
 use vm_trait::{
-    DiskConfig, ExecRequest, ExecStatus, ForkOptions, GuestFileError, MountConfig, RestoreOptions,
-    Signal, SnapshotOptions, StopOptions, VmBackend, VmConfig, VmErrorKind, VmInstance, VmState,
-    WriteOptions,
+    DiskConfig, ExecRequest, ExecStatus, ForkOptions, GuestFileError, MountConfig, NetworkConfig,
+    RestoreOptions, Signal, SnapshotOptions, StopOptions, VmBackend, VmConfig, VmErrorKind,
+    VmInstance, VmState, WriteOptions,
 };
 
 fn in_tokio<F: Future>(run: F) -> F::Output {
@@ -259,6 +260,29 @@ async fn anything(sim: &SimBackend) {
             let _ = vm.stop(StopOptions::default()).await;
         }
         assert!(!matches!(vm.state(), VmState::Starting | VmState::Stopping));
+    }
+    over_the_network(sim).await;
+}
+
+/// Lets the host talk to a guest through a mapped port, whatever comes of it.
+async fn over_the_network(sim: &SimBackend) {
+    let network = NetworkConfig::tsi().with_port(80, 2_000);
+    let config = VmConfig::builder().with_network(network).build().unwrap();
+    let Ok(vm) = sim.create(config).await else { return };
+    let _ = vm.start().await;
+    let echo = ExecRequest::new("tcp").args(["listen", "--echo", "2000"]);
+    let _echo = vm.spawn(echo).await;
+    let (env, host) = (sim.env(), sim.host());
+    for _ in 0..5 {
+        env.sleep(Duration::from_secs(1)).await;
+        let talk = async {
+            let mut stream = host.connect(80).await?;
+            let mut came = [0; 5_000];
+            stream.write_all(&came).await?;
+            stream.read_exact(&mut came).await
+        };
+        // A guest that hangs is no fault of the network's.
+        let _ = timeout(&*env, Duration::from_secs(60), talk).await;
     }
 }
 

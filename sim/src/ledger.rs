@@ -16,6 +16,8 @@ pub struct Ledger {
     pub machines: u64,
     /// Ends of byte streams that the host holds.
     pub streams: u64,
+    /// Ports of the host that machines have, or that it listens on itself.
+    pub ports: u64,
     /// Open host files.
     pub host_files: u64,
     /// Timers that somebody waits for.
@@ -37,6 +39,7 @@ impl Ledger {
         [
             ("machines", self.machines),
             ("streams", self.streams),
+            ("ports", self.ports),
             ("open host files", self.host_files),
             ("timers", self.timers),
             ("temporary files", self.temp_files),

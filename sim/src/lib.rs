@@ -12,7 +12,7 @@
 //! | [`env`](mod@env) | virtual time, under tokio, turmoil or madsim |
 //! | [`machine`] | the simulated hypervisor |
 //! | [`guest`] | the guest's operating system and its programs |
-//! | [`host`] | the host's limits and its disk |
+//! | [`host`] | the host's limits, its disk and its loopback ports |
 //! | [`fault`] | fault plans |
 //! | [`trace`] | fingerprint and timeline |
 //! | [`coverage`] | which operations were called in which states, and which faults met them |
@@ -32,6 +32,8 @@ pub mod guest;
 pub mod host;
 pub mod ledger;
 pub mod machine;
+#[cfg(test)]
+mod network_tests;
 mod rng;
 pub mod scenario;
 #[cfg(test)]
@@ -45,7 +47,7 @@ pub use coverage::{Cell, Coverage};
 pub use env::{SimEnv, SimEnvKind};
 pub use fault::{FaultPlan, FaultRule, FaultTrigger, PlanError};
 pub use guest::{GuestProgram, ProgramRegistry};
-pub use host::{SimHost, SimHostFs, SimHostLimits};
+pub use host::{SimHost, SimHostFs, SimHostLimits, SimTcpListener, SimTcpStream};
 pub use ledger::Ledger;
 pub use trace::{Timeline, TimelineLine};
 pub use yields::Yields;

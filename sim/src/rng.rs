@@ -26,6 +26,7 @@ pub(crate) enum Purpose {
     Link,
     HostDisk,
     Vsock,
+    Network,
 }
 
 const FIRST_FAULT: usize = 32;

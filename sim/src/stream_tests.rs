@@ -37,7 +37,7 @@ impl GuestProgram for Adder {
             return if self.listener.is_some() { Step::Continue } else { Step::Exit(1) };
         };
         let Some(stream) = self.stream else {
-            self.stream = match sys.vsock_accept(listener) {
+            self.stream = match sys.accept(listener) {
                 Ok(stream) => Some(stream),
                 Err(Errno::AGAIN) => return Step::Block(WaitFor::readable(listener)),
                 Err(_) => return Step::Exit(2),

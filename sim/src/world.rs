@@ -155,7 +155,8 @@ impl World {
         }
         self.dies_at.store(u64::MAX, Ordering::Relaxed);
         let mut draw = |bound| self.streams.below(Purpose::HostDisk, bound);
-        self.host().crash(&mut draw);
+        let ended = self.host().crash(&mut draw);
+        drop(ended);
     }
 
     /// Gives when the host is to die of a sync that its disk lost.
@@ -185,12 +186,17 @@ impl World {
     }
 
     pub(crate) fn ledger(&self) -> Ledger {
+        let (ports, temp_files) = {
+            let host = self.host();
+            (host.tcp.count(), host.temporary_files())
+        };
         Ledger {
             machines: self.counters.machines.get(),
             streams: self.counters.streams.get(),
+            ports,
             host_files: self.counters.host_files.get(),
             timers: self.counters.timers.get(),
-            temp_files: self.host().temporary_files(),
+            temp_files,
         }
     }
 

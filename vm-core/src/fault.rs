@@ -59,7 +59,7 @@ fault_kinds! {
     LinkDisconnect = "link_disconnect" in Link,
     /// A connection moves no bytes for a while: the agent's, or a stream to a vsock port.
     LinkStall = "link_stall" in Link,
-    /// Reads and writes of a connection, the agent's or a stream to a vsock port, move fewer bytes than they could.
+    /// Reads and writes of a connection, the agent's or a stream to a port of the guest, move fewer bytes than they could.
     LinkShort = "link_short" in Link,
     /// The agent accepts a connection late.
     LinkDelayedAccept = "link_delayed_accept" in Link,
@@ -115,6 +115,12 @@ fault_kinds! {
     MountFull = "mount_full" in Mount,
     /// The host's disk is slow under a directory that the guest mounts.
     MountSlow = "mount_slow" in Mount,
+    /// The host refuses a TCP connection of the guest, or one through a mapped port, that it would else have made.
+    NetRefused = "net_refused" in Network,
+    /// A TCP connection between the guest and its host is reset; a part of what is under way still arrives.
+    NetReset = "net_reset" in Network,
+    /// A TCP connection between the guest and its host moves no bytes for a while.
+    NetSlow = "net_slow" in Network,
 }
 
 /// What a fault belongs to.
@@ -130,6 +136,7 @@ pub enum FaultScope {
     Exec,
     File,
     Mount,
+    Network,
     Pause,
     Resume,
     Snapshot,

@@ -34,10 +34,11 @@ pub trait Hypervisor: Send + Sync + fmt::Debug {
         Ok(())
     }
 
-    /// Makes a machine that does not run yet. When the future is dropped, nothing is left of it.
+    /// Makes a machine that does not run yet. The host's ports that the configuration maps are its own from then on, or
+    /// from its boot or load on, to its end. When the future is dropped, nothing is left of it.
     ///
     /// # Errors
-    /// [`MachineError::Exhausted`] and others.
+    /// [`MachineError::Exhausted`], [`MachineError::PortInUse`] and others.
     async fn create(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>, MachineError>;
 }
 
@@ -126,7 +127,7 @@ pub trait Machine: Send + Sync + fmt::Debug {
     async fn load(&self, sections: &Sections, track: bool) -> Result<(), MachineError>;
 
     /// Makes copies of a paused machine, one for each spec, each paused, with none of the connections of this one,
-    /// and with private disks.
+    /// with private disks, and without the host's ports that the configuration maps, which this one keeps.
     async fn fork(&self, specs: &[MachineSpec]) -> Vec<Result<Arc<dyn Machine>, MachineError>>;
 
     /// Looks at a paused machine from outside.
@@ -357,7 +358,7 @@ pub enum MachineError {
     /// Nothing in the guest listens on the port.
     #[error("nothing in the guest listens on the port")]
     NotListening,
-    /// The port has a listener already.
+    /// The port of the host has a listener already, of the machine or of another.
     #[error("port {0} has a listener already")]
     PortInUse(u32),
     /// The machine has ended.

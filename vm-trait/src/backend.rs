@@ -54,6 +54,7 @@ pub trait VmBackend: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`SnapshotCorrupt`](crate::VmErrorKind::SnapshotCorrupt),
     /// [`SnapshotIncompatible`](crate::VmErrorKind::SnapshotIncompatible),
+    /// [`PortInUse`](crate::VmErrorKind::PortInUse) as for [`VmInstance::start`],
     /// [`Unsupported`](crate::VmErrorKind::Unsupported).
     async fn restore(
         &self,

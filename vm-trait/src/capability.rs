@@ -29,8 +29,8 @@ pub enum Capability {
     Fork,
     /// Disks of the host that outlive the machine.
     Disks,
-    /// The guest has a kernel of its own: it can power off and panic, its memory ends with the machine,
-    /// and its clocks are its own.
+    /// The guest has a kernel of its own: it can power off and panic, its memory ends with the machine, and its clocks
+    /// and its loopback address are its own. Without it, programs have the network of their host.
     GuestKernel,
     /// The guest's memory is limited to what the configuration says.
     MemoryLimit,

@@ -89,7 +89,8 @@ pub struct VmConfig {
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct KernelConfig {
-    /// The host file of the kernel, an ELF `vmlinux` or a `bzImage`. Default: the backend's choice.
+    /// The host file of the kernel: an ELF `vmlinux`, a `bzImage`, or a `libkrunfw.so`, which holds one. Default: the
+    /// backend's choice.
     pub path: Option<PathBuf>,
     /// A host file with an initial RAM disk that is unpacked before the backend's own, whose files win.
     pub initrd: Option<PathBuf>,

@@ -123,7 +123,8 @@ pub enum VmErrorKind {
         /// The guest's port.
         port: u32,
     },
-    /// The machine has a listener on this port of the host already.
+    /// Somebody listens on this port of the host already: on a vsock port the machine itself, on a mapped TCP port
+    /// another machine or program.
     #[error("port {port} has a listener already")]
     PortInUse {
         /// The host's port.

@@ -82,7 +82,8 @@ pub trait VmInstance: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// [`BootFailed`](crate::VmErrorKind::BootFailed) with the stage and the last console lines, also when the
-    /// boot did not end within [`Timeouts::boot`](crate::Timeouts::boot).
+    /// boot did not end within [`Timeouts::boot`](crate::Timeouts::boot);
+    /// [`PortInUse`](crate::VmErrorKind::PortInUse) where somebody has a port that the configuration maps.
     async fn start(&self) -> VmResult<()>;
 
     /// Asks the guest to end, and ends it by force once the grace is over. Allowed in every state and idempotent.
@@ -325,7 +326,8 @@ pub trait VmInstance: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// [`SnapshotCorrupt`](crate::VmErrorKind::SnapshotCorrupt),
-    /// [`SnapshotIncompatible`](crate::VmErrorKind::SnapshotIncompatible).
+    /// [`SnapshotIncompatible`](crate::VmErrorKind::SnapshotIncompatible);
+    /// [`PortInUse`](crate::VmErrorKind::PortInUse) as for [`start`](Self::start).
     ///
     /// ```
     /// # use vm_sim::SimBackend;

@@ -22,6 +22,9 @@ const LOG_ERRORS: u32 = 1;
 const LOG_NO_STYLE: u32 = 2;
 const LOG_NO_ENV: u32 = 1;
 
+/// Sockets of the internet are the host's (`KRUN_TSI_HIJACK_INET`).
+const HIJACK_INET: u32 = 1;
+
 /// A call that libkrun refused.
 #[derive(Debug, thiserror::Error)]
 #[error("{call} failed: {error}")]
@@ -78,6 +81,12 @@ impl Context {
         call!(krun_add_serial_console_default(self.id, -1, output)).map(drop)
     }
 
+    /// Adds virtio's console with one port, which is a terminal of the host's. The descriptor is libkrun's from then on.
+    pub(super) fn add_virtio_console(&self, terminal: i32) -> Result<(), Refused> {
+        let console = call!(krun_add_virtio_console_multiport(self.id))?;
+        call!(krun_add_console_port_tty(self.id, console, c"console".as_ptr(), terminal)).map(drop)
+    }
+
     /// Adds a disk that the guest finds by its serial string.
     pub(super) fn add_disk(
         &self,
@@ -98,9 +107,10 @@ impl Context {
         call!(krun_add_virtiofs3(self.id, tag.as_ptr(), path.as_ptr(), 0, read_only)).map(drop)
     }
 
-    /// Adds vsock without any network by way of it, and a socket by which the host reaches a port of the guest.
-    pub(super) fn add_vsock(&self, port: u32, socket: &CStr) -> Result<(), Refused> {
-        call!(krun_add_vsock(self.id, 0))?;
+    /// Adds vsock, and a socket by which the host reaches a port of the guest. With TSI the guest has sockets of the host's
+    /// in place of its own; without, libkrun does nothing for a guest that asks for one.
+    pub(super) fn add_vsock(&self, port: u32, socket: &CStr, tsi: bool) -> Result<(), Refused> {
+        call!(krun_add_vsock(self.id, if tsi { HIJACK_INET } else { 0 }))?;
         call!(krun_add_vsock_port2(self.id, port, socket.as_ptr(), true)).map(drop)
     }
 
@@ -134,14 +144,14 @@ mod tests {
             refused.contains("krun_set_vm_config") && refused.contains("os error 2"),
             "{refused}"
         );
-        let refused = context.add_vsock(1, c"/nowhere").unwrap_err().to_string();
+        let refused = context.add_vsock(1, c"/nowhere", false).unwrap_err().to_string();
         assert!(refused.contains("krun_add_vsock failed"), "{refused}");
     }
 
     #[test]
     fn what_exists_is_no_place_for_a_socket() {
         let context = Context::new().unwrap();
-        let refused = context.add_vsock(1024, c"/dev/null").unwrap_err().to_string();
+        let refused = context.add_vsock(1024, c"/dev/null", true).unwrap_err().to_string();
         assert!(
             refused.contains("krun_add_vsock_port2") && refused.contains("exists"),
             "{refused}"

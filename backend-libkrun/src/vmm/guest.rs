@@ -5,6 +5,7 @@ use super::{
     freeze::{self, Freezer},
     place::path_of,
     plan::Plan,
+    sockets,
     until::until,
 };
 use rustix::{
@@ -12,6 +13,7 @@ use rustix::{
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType},
     pipe::PipeFlags,
     process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus},
+    pty::OpenptFlags,
     stdio::dup2_stderr,
 };
 use std::{
@@ -26,10 +28,14 @@ use std::{
     time::Duration,
 };
 use vm_guest_protocol::{AGENT_PORT, boot::BootShare};
-use vm_launcher::inside::{
-    process::name_thread,
-    split::{Side, keep_only, split},
+use vm_launcher::{
+    control::ConsoleDevice,
+    inside::{
+        process::name_thread,
+        split::{Side, keep_only, split},
+    },
 };
+use vm_trait::NetworkConfig;
 
 /// The name of the agent's socket in the machine's place.
 const SOCKET: &str = "agent";
@@ -64,7 +70,10 @@ impl Guest {
     /// # Errors
     /// The operating system's.
     pub(super) fn start(plan: Plan, name: &str) -> io::Result<Self> {
-        let (console, its_console) = pipe()?;
+        let (console, its_console) = match plan.console_device {
+            ConsoleDevice::SerialPort => pipe()?,
+            ConsoleDevice::Virtio => terminal()?,
+        };
         let (words, its_words) = pipe()?;
         let (freezer, orders) = rustix::net::socketpair(
             AddressFamily::UNIX,
@@ -243,12 +252,19 @@ fn become_machine(
     keep_only(&kept)?;
     name_thread(&format!("krun-{name}"));
     freeze::start_keeper(orders, plan.vcpus)?;
+    if let NetworkConfig::Tsi(ports) = &plan.network {
+        let restricted = sockets::restrict(&ports.0);
+        restricted.map_err(|error| io::Error::other(format!("filter of system calls: {error}")))?;
+    }
     let context = Context::new().map_err(io::Error::other)?;
     let described = (|| {
         context.set_size(plan.vcpus, plan.memory_mib)?;
         let (kernel, initrd) = (path_of(&plan.kernel), path_of(&plan.initrd));
         context.set_kernel(&kernel, &initrd, &plan.cmdline)?;
-        context.add_serial_port(console.into_raw_fd())?;
+        match plan.console_device {
+            ConsoleDevice::SerialPort => context.add_serial_port(console.into_raw_fd())?,
+            ConsoleDevice::Virtio => context.add_virtio_console(console.into_raw_fd())?,
+        }
         for disk in &plan.disks {
             context.add_disk(&disk.serial, &path_of(&disk.file), disk.read_only)?;
         }
@@ -257,7 +273,8 @@ fn become_machine(
         }
         let socket = plan.place.path(SOCKET);
         let socket = CString::new(socket.as_os_str().as_bytes()).unwrap_or_default();
-        context.add_vsock(AGENT_PORT, &socket)
+        let tsi = matches!(plan.network, NetworkConfig::Tsi(_));
+        context.add_vsock(AGENT_PORT, &socket, tsi)
     })();
     described.map_err(io::Error::other)?;
     Err(io::Error::other(context.enter()))
@@ -268,6 +285,19 @@ fn pipe() -> io::Result<(File, OwnedFd)> {
     let (ours, its) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
     let flags = rustix::fs::fcntl_getfl(&ours)?;
     rustix::fs::fcntl_setfl(&ours, flags | OFlags::NONBLOCK)?;
+    Ok((File::from(ours), its))
+}
+
+/// Makes a terminal, of which ours is read without waiting: libkrun tells the guest of a console only where there is one.
+fn terminal() -> io::Result<(File, OwnedFd)> {
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let ours = rustix::pty::openpt(flags)?;
+    rustix::pty::unlockpt(&ours)?;
+    let its = rustix::pty::ioctl_tiocgptpeer(&ours, flags)?;
+    let mut mode = rustix::termios::tcgetattr(&its)?;
+    mode.make_raw();
+    rustix::termios::tcsetattr(&its, rustix::termios::OptionalActions::Now, &mode)?;
+    rustix::fs::fcntl_setfl(&ours, rustix::fs::fcntl_getfl(&ours)? | OFlags::NONBLOCK)?;
     Ok((File::from(ours), its))
 }
 

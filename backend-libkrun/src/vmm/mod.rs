@@ -12,6 +12,8 @@
 //! | libkrun's calls | `context` |
 //! | how virtual processors and the guest's clock stand still | `freeze` |
 //! | where the agent's socket is | `place` |
+//! | the host's ports that lead to the guest's | `ports` |
+//! | what a machine's sockets may do on the host | `sockets` |
 //! | how host directories become one tree | `tree` |
 //! | waiting for what nothing tells of | `until` |
 
@@ -20,7 +22,9 @@ mod freeze;
 mod guest;
 mod place;
 mod plan;
+mod ports;
 mod serve;
+mod sockets;
 mod tree;
 mod until;
 

@@ -1,6 +1,6 @@
 //! [`Plan`]: what a machine is made of.
 
-use super::{place::Place, tree::Tree};
+use super::{place::Place, ports::HostPorts, tree::Tree};
 use rustix::fs::MemfdFlags;
 use std::{
     ffi::CString,
@@ -10,12 +10,13 @@ use std::{
 };
 use vm_launcher::{
     cmdline,
-    control::{MachineSetUp, Refusal},
+    control::{ConsoleDevice, MachineSetUp, Refusal},
     inside::{
         console::{Console, check_ring},
         refuse::{config, failed},
     },
 };
+use vm_trait::NetworkConfig;
 
 /// The longest command line that Linux on x86-64 reads, with its null.
 const CMDLINE_BYTES: usize = 2048;
@@ -47,6 +48,10 @@ pub(super) struct Plan {
     /// The host directories that the guest sees.
     pub(super) shares: Option<Tree>,
     pub(super) place: Place,
+    pub(super) console_device: ConsoleDevice,
+    pub(super) network: NetworkConfig,
+    /// Nobody else has them as long as the machine is there.
+    _ports: HostPorts,
 }
 
 /// A disk of a machine.
@@ -66,12 +71,15 @@ impl Plan {
         set_up: &MachineSetUp,
         fds: Vec<OwnedFd>,
     ) -> Result<(Self, Console), Refusal> {
-        // All host directories come by one device.
-        let others = set_up.disks.len() + usize::from(!set_up.shares.is_empty());
+        // All host directories come by one device, as does a console that is virtio's.
+        let shares = usize::from(!set_up.shares.is_empty());
+        let beside = shares + usize::from(set_up.console_device == ConsoleDevice::Virtio);
+        let others = beside + set_up.disks.len();
         if others > MOST_OTHERS {
             let reason = format!(
-                "{} disks, libkrun has interrupts for {MOST_OTHERS}, or one fewer beside mounts",
-                set_up.disks.len()
+                "{} disks, libkrun has interrupts for {}",
+                set_up.disks.len(),
+                MOST_OTHERS - beside
             );
             return Err(config("disks", reason));
         }
@@ -107,6 +115,7 @@ impl Plan {
                 Tree::new(&shared).map_err(|error| failed("a tree of host directories", error))?,
             ),
         };
+        let ports = HostPorts::reserve(set_up.network.ports())?;
         if fds.next().is_some() {
             return Err(Refusal::Failed("too many descriptors came".to_owned()));
         }
@@ -122,12 +131,15 @@ impl Plan {
         let plan = Self {
             vcpus: set_up.vcpus,
             memory_mib: set_up.memory_mib,
-            cmdline: command_line(&set_up.cmdline, others)?,
+            cmdline: command_line(set_up.console_device, &set_up.cmdline, others)?,
             kernel,
             initrd,
             disks,
             shares,
             place,
+            console_device: set_up.console_device,
+            network: set_up.network.clone(),
+            _ports: ports,
         };
         Ok((plan, console))
     }
@@ -142,7 +154,7 @@ impl Plan {
 }
 
 /// Puts the command line together, without what libkrun adds at its end.
-fn command_line(user: &str, others: usize) -> Result<CString, Refusal> {
+fn command_line(console: ConsoleDevice, user: &str, others: usize) -> Result<CString, Refusal> {
     // What comes after either is no word for the kernel, and libkrun has some to add.
     if user.split_whitespace().any(|word| word == "--") {
         return Err(config("cmdline", "`--` would hide the devices from the kernel"));
@@ -150,7 +162,7 @@ fn command_line(user: &str, others: usize) -> Result<CString, Refusal> {
     if !user.matches('"').count().is_multiple_of(2) {
         return Err(config("cmdline", "a quotation mark is not closed"));
     }
-    let line = cmdline::line(user, []);
+    let line = cmdline::line(console, user, []);
     let added = SEPARATORS + DEVICE_WORD * (OWN_DEVICES + others);
     cmdline::check(user, &line, CMDLINE_BYTES.saturating_sub(added))?;
     CString::new(line).map_err(|error| config("cmdline", error.to_string()))
@@ -195,9 +207,10 @@ mod tests {
 
     #[test]
     fn words_that_would_hide_devices_are_refused() {
-        assert!(command_line("quiet a=\"b c\"", 2).is_ok());
+        let line = |user| command_line(ConsoleDevice::Virtio, user, 2);
+        assert!(line("quiet a=\"b c\"").is_ok());
         for user in ["quiet -- x", "--", "a=\"b", &"x".repeat(2000), "ä"] {
-            assert!(matches!(command_line(user, 2), Err(Refusal::Config { .. })), "{user}");
+            assert!(matches!(line(user), Err(Refusal::Config { .. })), "{user}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What the clauses on vsock share: the guest's `vsock` tool, and bytes that go round.
+//! What the clauses on vsock and the network share: the guest's tools `vsock` and `tcp`, and bytes that go round.
 
 use super::probe::{SOON, Vm};
 use crate::{
@@ -9,7 +9,7 @@ use crate::{
 use bytes::Bytes;
 use futures_util::future::join;
 use std::{io, time::Duration};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, split};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split};
 use vm_trait::{ExecRequest, ExecStatus, GuestListener, GuestProcess, GuestStream, VmInstance};
 
 /// How long bytes may take that a busy host and a link in trouble hold up.
@@ -27,17 +27,28 @@ pub(super) async fn listens(
     words: &[&str],
     port: u32,
 ) -> Result<GuestProcess, Broken> {
+    tool_listens(ctx, vm, "vsock", words, port).await
+}
+
+/// Starts one of the guest's tools with `listen` and these words, and waits until it says that it listens.
+pub(super) async fn tool_listens(
+    ctx: &Context,
+    vm: &Vm,
+    tool: &str,
+    words: &[&str],
+    port: u32,
+) -> Result<GuestProcess, Broken> {
     let words = ["listen"].iter().chain(words).copied();
-    let request = ExecRequest::new("vsock").args(words).arg(port.to_string()).open_stdin();
+    let request = ExecRequest::new(tool).args(words).arg(port.to_string()).open_stdin();
     let process = vm.spawn(request).await?;
+    let what = format!("the guest's `{tool} listen`");
     let mut said = Vec::new();
     while !String::from_utf8_lossy(&said).contains("listening") {
-        let read = ctx.within(SOON, "the guest's `vsock listen`", process.read_stderr()).await?;
-        match read? {
+        match ctx.within(SOON, &what, process.read_stderr()).await?? {
             Some(bytes) => said.extend_from_slice(&bytes),
             None => {
                 let said = String::from_utf8_lossy(&said);
-                return Err(Broken::new(format!("`vsock listen` ended and said `{said}`")));
+                return Err(Broken::new(format!("{what} ended and said `{said}`")));
             }
         }
     }
@@ -83,7 +94,7 @@ pub(super) fn fine<T>(what: &str, result: io::Result<T>) -> Result<T, Broken> {
 /// Writes bytes in pieces of drawn sizes.
 pub(super) async fn write(
     ctx: &Context,
-    stream: &mut (impl tokio::io::AsyncWrite + Unpin),
+    stream: &mut (impl AsyncWrite + Unpin),
     bytes: &Bytes,
 ) -> Verdict {
     let mut rest = bytes.clone();
@@ -99,7 +110,7 @@ pub(super) async fn write(
 /// Reads to the end of a stream that is to give no more than `most` bytes.
 pub(super) async fn read_all(
     ctx: &Context,
-    stream: &mut (impl tokio::io::AsyncRead + Unpin),
+    stream: &mut (impl AsyncRead + Unpin),
     most: usize,
 ) -> Result<Vec<u8>, Broken> {
     let mut read = Vec::new();
@@ -110,7 +121,11 @@ pub(super) async fn read_all(
 }
 
 /// Sends bytes through an echo, ends the host's side, and checks that they all come back and then the end.
-pub(super) async fn round_trip(ctx: &Context, stream: GuestStream, bytes: &Bytes) -> Verdict {
+pub(super) async fn round_trip(
+    ctx: &Context,
+    stream: impl AsyncRead + AsyncWrite,
+    bytes: &Bytes,
+) -> Verdict {
     let (mut reader, mut writer) = split(stream);
     let send = async {
         write(ctx, &mut writer, bytes).await?;
@@ -122,7 +137,11 @@ pub(super) async fn round_trip(ctx: &Context, stream: GuestStream, bytes: &Bytes
 }
 
 /// Sends a few bytes through an echo on a stream that stays open.
-pub(super) async fn ping(ctx: &Context, stream: &mut GuestStream, when: &str) -> Verdict {
+pub(super) async fn ping(
+    ctx: &Context,
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    when: &str,
+) -> Verdict {
     let bytes = ctx.bytes(ctx.index(500) + 1);
     write(ctx, stream, &bytes).await?;
     let mut back = vec![0; bytes.len()];
@@ -132,7 +151,11 @@ pub(super) async fn ping(ctx: &Context, stream: &mut GuestStream, when: &str) ->
 }
 
 /// Checks that a stream of a machine that is gone ends: reading does not wait, and writing fails.
-pub(super) async fn has_ended(ctx: &Context, stream: &mut GuestStream, when: &str) -> Verdict {
+pub(super) async fn has_ended(
+    ctx: &Context,
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    when: &str,
+) -> Verdict {
     let mut sink = vec![0; 4096];
     loop {
         match ctx.within(SOON, &format!("{when}: the end"), stream.read(&mut sink)).await? {
@@ -167,7 +190,7 @@ pub(super) async fn finished(
         }
         Ok::<_, Broken>((process.wait().await?, out, String::from_utf8_lossy(&error).into_owned()))
     };
-    ctx.within(LONG, "the end of the guest's `vsock`", work).await?
+    ctx.within(LONG, "the end of the guest's tool", work).await?
 }
 
 /// Checks that the guest's tool was refused: it says so, and ends with 1.

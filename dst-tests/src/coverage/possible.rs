@@ -57,6 +57,8 @@ pub fn possible() -> Vec<Cell> {
     let of_mounts = [Some(F::MountIo), Some(F::MountSlow)];
     add(&[O::ReadFile, O::WriteFile].map(Some), &["running"], &of_mounts);
     add(&some(O::WriteFile), &["running"], &[Some(F::MountFull)]);
+    // Connections through the network are nobody's operation.
+    add(&[None], &["running"], &of(S::Network));
     add(&some(O::Pause), &["running"], &of(S::Pause));
     add(&capture, &["running"], &of(S::Pause));
     add(&some(O::Resume), &["paused"], &of(S::Resume));

@@ -175,8 +175,9 @@ fn together(profile: &Profile) -> BoxedStrategy<Step> {
 
 /// Whether a fault can happen in a history whose outcome a model knows.
 fn may_happen(kind: FaultKind) -> bool {
-    // What a disk lies about comes out at a time of its own, and the machines of histories mount nothing of the host.
-    kind != FaultKind::LostSync && kind.scope() != FaultScope::Mount
+    // What a disk lies about comes out at a time of its own, and the machines of histories have neither directories of the
+    // host nor a network.
+    kind != FaultKind::LostSync && !matches!(kind.scope(), FaultScope::Mount | FaultScope::Network)
 }
 
 fn fault(profile: &Profile) -> BoxedStrategy<Step> {

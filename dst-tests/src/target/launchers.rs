@@ -10,6 +10,7 @@ use crate::{
     clause::Clause,
     context::Setup,
     history::Assignment,
+    host_network::RealHostNetwork,
     panics::PanicSink,
     pool::{HandleEnv, WarmPool},
     runner::cores,
@@ -36,7 +37,7 @@ use vm_core::{
     machine::Hypervisor,
     observe::{NoObserver, Observer},
 };
-use vm_guest_image::{Kernel, KernelModules};
+use vm_guest_image::{Kernel, KernelError, KernelModules};
 use vm_trait::{
     Capabilities, Capability, ExecRequest, HostLimits, RestoreOptions, Snapshot, VmBackend,
     VmConfig, VmId, VmInstance, VmResult,
@@ -68,8 +69,16 @@ pub trait Launchers: Hypervisor + Sized + 'static {
     /// Where its runs take place.
     const ENVIRONMENT: &str;
 
-    /// Gives what its machines can do.
+    /// Gives what its machines can do with the kernel that is found on this host.
     fn claims() -> Capabilities;
+
+    /// Finds the kernel that its machines have where none is named.
+    ///
+    /// # Errors
+    /// As [`Kernel::find`].
+    fn kernel() -> Result<Kernel, KernelError> {
+        Kernel::find(None)
+    }
 
     /// Makes one of what is found on this host.
     ///
@@ -110,7 +119,13 @@ impl Launchers for KrunHypervisor {
     const ENVIRONMENT: &str = "tokio with real time, machines of libkrun";
 
     fn claims() -> Capabilities {
-        Self::claims()
+        static CLAIMS: OnceLock<Capabilities> = OnceLock::new();
+        let found = || Self::claims_with(&<Self as Launchers>::kernel().ok()?).ok();
+        *CLAIMS.get_or_init(|| found().unwrap_or_else(Self::claims))
+    }
+
+    fn kernel() -> Result<Kernel, KernelError> {
+        Kernel::find_with_libkrunfw(None)
     }
 
     fn found() -> Result<Self, String> {
@@ -193,7 +208,7 @@ impl<H: Launchers> LauncherTarget<H> {
             });
         };
         line("kvm", probe().map(describe).map_err(|why| why.to_string()));
-        let kernel = Kernel::find(None);
+        let kernel = H::kernel();
         let found = kernel.as_ref().map(|kernel| {
             let release = kernel.release().unwrap_or("of unknown release");
             format!("{} ({release})", kernel.path().display())
@@ -255,6 +270,7 @@ impl<H: Launchers> LauncherTarget<H> {
             scratch: Arc::new(|_| "/tmp".to_owned()),
             host_dir: bench.host_dir.path().to_owned(),
             host_fs: Arc::new(StdFs),
+            host_network: Arc::new(RealHostNetwork::default()),
         };
         let sink = PanicSink::default();
         let guard = sink.join();
@@ -342,7 +358,7 @@ impl<H: Launchers> Target for LauncherTarget<H> {
 impl<H: Launchers> Host<H> {
     fn find() -> Result<Self, String> {
         probe().map_err(|why| why.to_string())?;
-        let kernel = Kernel::find(None).map_err(|error| error.to_string())?;
+        let kernel = H::kernel().map_err(|error| error.to_string())?;
         KernelModules::find(&kernel, None).map_err(|error| error.to_string())?;
         Ok(Self { hypervisor: Arc::new(H::found()?), root: root()? })
     }
@@ -390,6 +406,7 @@ impl<H: Launchers> Host<H> {
             scratch: Arc::new(|_| "/tmp".to_owned()),
             host_dir,
             host_fs: Arc::new(StdFs),
+            host_network: Arc::new(RealHostNetwork::default()),
             // It owns the directory, which is so removed once the run is over.
             leftovers: Arc::new(move || {
                 let _kept = &dir;

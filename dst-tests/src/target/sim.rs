@@ -166,6 +166,7 @@ async fn simulate(
         scratch: Arc::new(|_| "/tmp".to_owned()),
         host_dir,
         host_fs: Arc::new(backend.host().fs()),
+        host_network: Arc::new(backend.host()),
         warm: None,
         template: None,
         leftovers: Arc::new(move || host.ledger().leftovers()),

@@ -5,6 +5,7 @@ use crate::{
     clause::Clause,
     context::{Scratch, Setup},
     history::Assignment,
+    host_network::RealHostNetwork,
     panics::{PanicSink, caught},
     session::{Kept, Limits, judge, keep},
 };
@@ -67,6 +68,7 @@ impl Opened {
             scratch: self.scratch,
             host_dir: self.host_dir,
             host_fs: Arc::new(vm_core::host_fs::StdFs),
+            host_network: Arc::new(RealHostNetwork::default()),
             leftovers: self.leftovers,
             warm: None,
             template: None,

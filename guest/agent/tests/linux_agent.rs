@@ -12,7 +12,7 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
-use vm_guest_agent::linux::{launch, proc_table, vsock_tool};
+use vm_guest_agent::linux::{launch, proc_table, stream_tool::Transport};
 use vm_guest_protocol::{
     Channel, DEFAULT_WINDOW, Decoder, EntryKind, ExecSpec, Frame, GuestError, Hello, MAX_DATA,
     PROTOCOL_VERSION, ProcessExit, Reply, Request, StreamId, TermSize, encode,
@@ -472,20 +472,23 @@ fn a_bad_command_line_is_explained() {
 }
 
 #[test]
-fn the_binary_called_vsock_is_that_tool() {
+fn the_binary_called_by_the_name_of_a_tool_is_that_tool() {
     let dir = tempfile::tempdir().unwrap();
-    let tool = dir.path().join(vsock_tool::NAME);
-    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_vm-guest-agent"), &tool).unwrap();
-    for (arguments, code, said) in [
-        (&[][..], 2, vsock_tool::USAGE),
-        (&["connect", "port"], 2, vsock_tool::USAGE),
-        (&["listen", "--echo"], 2, vsock_tool::USAGE),
-        // Whatever the machine has, no host listens there.
-        (&["connect", "4294967290"], 1, "port 4294967290: "),
-    ] {
-        let output = Command::new(&tool).args(arguments).output().unwrap();
-        assert_eq!(output.status.code(), Some(code), "{arguments:?}");
-        assert!(String::from_utf8(output.stderr).unwrap().contains(said));
-        assert!(output.stdout.is_empty());
+    // Whatever the machine has, nothing listens there.
+    for (transport, port) in [(Transport::Vsock, "4294967290"), (Transport::Tcp, "0")] {
+        let tool = dir.path().join(transport.tool());
+        std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_vm-guest-agent"), &tool).unwrap();
+        let failed = format!("{}: port {port}: ", transport.tool());
+        for (arguments, code, said) in [
+            (&[][..], 2, transport.usage()),
+            (&["connect", "port"], 2, transport.usage()),
+            (&["listen", "--echo"], 2, transport.usage()),
+            (&["connect", port], 1, &failed),
+        ] {
+            let output = Command::new(&tool).args(arguments).output().unwrap();
+            assert_eq!(output.status.code(), Some(code), "{arguments:?}");
+            assert!(String::from_utf8(output.stderr).unwrap().contains(said));
+            assert!(output.stdout.is_empty());
+        }
     }
 }

@@ -32,10 +32,13 @@ const DIRECTORIES: [(&str, u32); 6] = [
     ("bin", 0o755),
 ];
 
+/// The names under which the agent is a tool.
+const TOOLS: [&str; 2] = ["bin/vsock", "bin/tcp"];
+
 /// The part of the initial file system that is equal for all machines of one kernel and one root.
 ///
 /// It is kept in a sealed file in memory that many machines can share. It holds the [agent](crate::agent) as `/init`,
-/// `/bin/vsock` as a symbolic link to it, kernel modules in `/twinvm/modules`, `/dev`, `/proc`, `/sys`, `/tmp`, `/run`
+/// `/bin/vsock` and `/bin/tcp` as symbolic links to it, kernel modules in `/twinvm/modules`, `/dev`, `/proc`, `/sys`, `/tmp`, `/run`
 /// and whatever [`ImageBuilder::with_directory`] names. The same input makes the same bytes: time stamps are 0.
 #[derive(Clone, Debug)]
 pub struct Image {
@@ -197,7 +200,7 @@ impl ImageBuilder {
     /// before.
     ///
     /// All types of files keep their permissions and numeric owners; hard links become copies. Left out are `/init`,
-    /// `/bin/vsock` and all of `/twinvm`, which are the image's own. The copy is made by [`build`](Self::build) and held
+    /// `/bin/vsock`, `/bin/tcp` and all of `/twinvm`, which are the image's own. The copy is made by [`build`](Self::build) and held
     /// in memory, by the host and by each guest, so large roots belong on a disk.
     #[must_use]
     pub fn with_directory(mut self, directory: impl Into<PathBuf>) -> Self {
@@ -252,7 +255,9 @@ impl ImageBuilder {
         add("dev/console", TYPE_CHARACTER_DEVICE | 0o600, (5, 1), &[])?;
         add("dev/null", TYPE_CHARACTER_DEVICE | 0o666, (1, 3), &[])?;
         add("init", TYPE_FILE | 0o755, none, crate::agent())?;
-        add("bin/vsock", TYPE_SYMLINK | 0o777, none, b"/init")?;
+        for tool in TOOLS {
+            add(tool, TYPE_SYMLINK | 0o777, none, b"/init")?;
+        }
         add("twinvm", TYPE_DIRECTORY | 0o755, none, &[])?;
         add(MODULES, TYPE_DIRECTORY | 0o755, none, &[])?;
         for module in self.modules.all() {
@@ -267,8 +272,8 @@ fn archive_path(module: &str) -> String {
 }
 
 fn is_ours(path: &[u8]) -> bool {
-    let own = [b"init".as_slice(), b"twinvm", b"bin/vsock", b"dev/console", b"dev/null"];
-    own.contains(&path)
+    let own = [b"init".as_slice(), b"twinvm", b"dev/console", b"dev/null"];
+    own.contains(&path) || TOOLS.iter().any(|tool| tool.as_bytes() == path)
 }
 
 /// Whether the user's directory has this directory; a symbolic link counts where nothing is mounted there.

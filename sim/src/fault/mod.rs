@@ -39,6 +39,9 @@ pub fn can(kind: FaultKind) -> bool {
             | K::MountIo
             | K::MountFull
             | K::MountSlow
+            | K::NetRefused
+            | K::NetReset
+            | K::NetSlow
             | K::PauseFail
             | K::PauseStuck
             | K::ResumeFail

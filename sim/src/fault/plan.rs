@@ -202,6 +202,13 @@ pub(crate) fn check_kind(kind: FaultKind, capabilities: &Capabilities) -> Result
         return Err("the simulator has no such fault".to_owned());
     }
     let needed = match kind.scope() {
+        FaultScope::Network => {
+            let networks = [Capability::NetworkTsi, Capability::NetworkPasst];
+            return match networks.iter().any(|network| capabilities.has(*network)) {
+                true => Ok(()),
+                false => Err("the backend was built without a network".to_owned()),
+            };
+        }
         FaultScope::Exec => Capability::Exec,
         FaultScope::File => Capability::Files,
         FaultScope::Mount => Capability::Mounts,
@@ -238,6 +245,7 @@ fn is_benign(kind: FaultKind) -> bool {
             | K::BootSlow
             | K::SlowIo
             | K::MountSlow
+            | K::NetSlow
             | K::LoadSlow
     )
 }
@@ -246,7 +254,7 @@ fn is_benign(kind: FaultKind) -> bool {
 fn benign_amount(kind: FaultKind, random: u64) -> Option<Duration> {
     use FaultKind as K;
     let most = match kind {
-        K::LinkStall | K::LinkDelayedAccept => 800,
+        K::LinkStall | K::LinkDelayedAccept | K::NetSlow => 800,
         K::BootSlow | K::LoadSlow => 5_000,
         K::SlowIo | K::MountSlow => 100,
         _ => return None,

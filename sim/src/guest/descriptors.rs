@@ -310,7 +310,7 @@ impl Kernel {
                 let pty = self.ptys.get_mut(pty).ok_or(Errno::IO)?;
                 return pty.slave_read(max).ok_or(Errno::AGAIN);
             }
-            Opened::Socket(socket) => return self.vsock.read(*socket, max),
+            Opened::Socket(socket) => return self.sockets.read(*socket, max),
             Opened::PipeWrite(_) | Opened::Listener(_) => return Err(Errno::BADF),
         };
         open.offset += bytes.len() as u64;
@@ -348,7 +348,7 @@ impl Kernel {
                 None | Some(Taken::Broken) => return Err(Errno::IO),
                 Some(taken) => taken,
             },
-            Opened::Socket(socket) => return self.vsock.write(*socket, bytes),
+            Opened::Socket(socket) => return self.sockets.write(*socket, bytes),
             Opened::PipeRead(_) | Opened::Listener(_) => return Err(Errno::BADF),
         };
         match taken {

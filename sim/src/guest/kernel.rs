@@ -9,8 +9,8 @@ use super::{
     program::ProgramRegistry,
     pty::Pty,
     share::ShareSetup,
+    sockets::Sockets,
     vfs::{Ino, Vfs},
-    vsock::Vsock,
 };
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
@@ -33,6 +33,8 @@ pub struct OsConfig {
     pub disks: Vec<DiskSetup>,
     /// The directories of the host; they come into the guest's hands afterwards.
     pub shares: Vec<ShareSetup>,
+    /// Whether a TCP connection to the guest's loopback is the host's to make where nothing in the guest listens.
+    pub host_loopback: bool,
 }
 
 /// Something that the guest's kernel did.
@@ -107,7 +109,7 @@ pub(super) struct Kernel {
     pub(super) files: BTreeMap<u32, OpenFile>,
     pub(super) pipes: BTreeMap<u32, Pipe>,
     pub(super) ptys: BTreeMap<u32, Pty>,
-    pub(super) vsock: Vsock,
+    pub(super) sockets: Sockets,
     last_id: u32,
     pub(super) children: BTreeMap<Child, AgentChild>,
     pub(super) last_child: u64,
@@ -152,7 +154,7 @@ impl SimOs {
             files: BTreeMap::new(),
             pipes: BTreeMap::new(),
             ptys: BTreeMap::new(),
-            vsock: Vsock::default(),
+            sockets: Sockets::default(),
             last_id: 0,
             children: BTreeMap::new(),
             last_child: 0,
@@ -165,6 +167,9 @@ impl SimOs {
             agent_delay: Duration::ZERO,
             turn: 0,
         };
+        if config.host_loopback {
+            kernel.sockets.reach_host();
+        }
         // A disk may be mounted on a directory of another one, which must be mounted first.
         let mut order: Vec<_> = config.disks.iter().enumerate().collect();
         order.sort_by_key(|(index, setup)| (setup.mount.matches('/').count(), *index));

@@ -37,10 +37,10 @@ mod sched;
 mod share;
 mod shell;
 mod signals;
+mod sockets;
 pub mod syscalls;
 mod tree;
 mod vfs;
-mod vsock;
 
 pub use disk::{DiskImage, DiskSetup};
 pub use fault::{OsFault, OsFaults, SysCall};
@@ -48,8 +48,8 @@ pub use image::LoadError;
 pub use kernel::{OsConfig, OsEvent, RunReport, SetupError, SimOs};
 pub use program::{GuestProgram, ProgramRegistry, Step, WaitFor};
 pub use share::{ShareSetup, SharedDir};
+pub(crate) use sockets::{Address, SocketEnd};
 pub use syscalls::{ChildFds, ChildSpec, FdStat, OpenFlags, Syscalls};
-pub(crate) use vsock::SocketEnd;
 
 #[cfg(test)]
 mod tests;

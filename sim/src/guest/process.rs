@@ -5,6 +5,7 @@ use super::{
     limits::{self, Limits},
     pipe::Pipe,
     program::{ProgramSlot, WaitFor},
+    sockets::Address,
     tree::Device,
     vfs::{Caller, Ino, OpenFlags},
 };
@@ -78,8 +79,8 @@ pub(super) enum Opened {
     PipeRead(u32),
     PipeWrite(u32),
     Pty(u32),
-    /// The vsock port that is listened on.
-    Listener(u32),
+    /// Where is listened.
+    Listener(Address),
     Socket(u32),
 }
 
@@ -249,8 +250,8 @@ impl Kernel {
                     }
                 }
             }
-            Opened::Listener(port) => self.vsock.close_listener(port),
-            Opened::Socket(socket) => self.vsock.close(socket),
+            Opened::Listener(address) => self.sockets.close_listener(address),
+            Opened::Socket(socket) => self.sockets.close(socket),
             Opened::Device(_) | Opened::Proc { .. } => {}
         }
     }
@@ -356,8 +357,8 @@ impl Kernel {
                 .ptys
                 .get(pty)
                 .is_none_or(|pty| if to_write { pty.is_writable() } else { pty.is_readable() }),
-            Some(Opened::Listener(port)) => to_write || self.vsock.has_waiting(*port),
-            Some(Opened::Socket(socket)) => self.vsock.is_ready(*socket, to_write),
+            Some(Opened::Listener(address)) => to_write || self.sockets.has_waiting(*address),
+            Some(Opened::Socket(socket)) => self.sockets.is_ready(*socket, to_write),
             _ => true,
         }
     }

@@ -76,7 +76,7 @@ pub enum FdStat {
     Directory,
     /// A pipe.
     Pipe,
-    /// A vsock connection or listener.
+    /// A connection or listener, over vsock or TCP.
     Socket,
     /// A terminal.
     Terminal,

@@ -1,10 +1,13 @@
-//! [`SimHost`]: the simulated host with its limits and its disk.
+//! [`SimHost`]: the simulated host with its limits, its disk and its loopback ports.
 
 mod disk;
 mod fs;
 mod shares;
+mod tcp;
 
 pub use fs::SimHostFs;
+pub(crate) use tcp::Target;
+pub use tcp::{SimTcpListener, SimTcpStream};
 
 use crate::{
     guest::{DiskImage, SharedDir},
@@ -20,6 +23,7 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
+use tcp::TcpPorts;
 use vm_core::machine::MachineError;
 use vm_trait::{DiskConfig, Mib, VmId};
 
@@ -145,6 +149,7 @@ pub(crate) struct HostState {
     guest_disks: BTreeMap<PathBuf, GuestDisk>,
     /// The directories that guests mount or did mount, by their paths; none is within another.
     shares: BTreeMap<PathBuf, SharedDir>,
+    pub(crate) tcp: TcpPorts,
     machines: u32,
     memory: u64,
     /// Counts the host's losses; what was opened before one is gone.
@@ -255,10 +260,12 @@ impl HostState {
         appended
     }
 
-    pub(crate) fn crash(&mut self, draw: &mut dyn FnMut(u64) -> u64) {
+    /// Loses what is not durable. What it gives is to be dropped when the host is not locked any more.
+    pub(crate) fn crash(&mut self, draw: &mut dyn FnMut(u64) -> u64) -> Vec<SimTcpStream> {
         self.losses += 1;
         self.disk.crash(draw);
         self.shares.values_mut().for_each(SharedDir::crash);
+        self.tcp.crash()
     }
 
     pub(crate) fn temporary_files(&self) -> u64 {

@@ -124,7 +124,7 @@ impl Guest {
         let mut copy = self.clone();
         copy.agent.reset_connections();
         if !planted(Bug::CopyKeepsStreams) {
-            copy.os.vsock_reset();
+            copy.os.socket_reset();
         }
         copy
     }
@@ -151,7 +151,7 @@ impl Guest {
             Err(error) => return Err(error.to_string()),
         };
         let mut os = SimOs::load(&saved.os, programs).map_err(|error| error.to_string())?;
-        os.vsock_reset();
+        os.socket_reset();
         let mut agent = saved.agent;
         agent.reset_connections();
         Ok(Self {
@@ -236,7 +236,7 @@ impl Guest {
     /// Gives how many bytes of a connection the guest takes now.
     fn room(&self, conn: ConnId, pipe: &Pipe) -> usize {
         match pipe.socket {
-            Some(socket) => self.os.vsock_room(socket),
+            Some(socket) => self.os.socket_room(socket),
             None if self.agent.wants_input(conn) => usize::MAX,
             None => 0,
         }
@@ -336,18 +336,23 @@ impl Guest {
         if pipe.host_dropped && pipe.guest_is_gone() {
             return false;
         }
-        while let Some(arrival) = pipe.arrive(now, self.os.vsock_room(socket)) {
+        while let Some(arrival) = pipe.arrive(now, self.os.socket_room(socket)) {
             *came = true;
             match arrival {
                 Arrival::Accept => {
-                    self.os.vsock_answer(socket, !pipe.refused);
+                    self.os.socket_answer(socket, !pipe.refused);
                     if pipe.refused {
                         return false;
                     }
                 }
-                Arrival::Bytes(bytes) => self.os.vsock_deliver(socket, bytes),
+                Arrival::Bytes(bytes) => self.os.socket_deliver(socket, bytes),
+                Arrival::Closed if pipe.is_broken() => {
+                    self.os.socket_lost(socket);
+                    pipe.end();
+                    return !pipe.host_dropped;
+                }
                 Arrival::Closed => {
-                    self.os.vsock_peer_closed(socket, pipe.host_dropped);
+                    self.os.socket_peer_closed(socket, pipe.host_dropped);
                     if pipe.host_dropped {
                         return false;
                     }
@@ -408,7 +413,7 @@ impl Guest {
         }
         let mut sent = false;
         loop {
-            let (bytes, end) = self.os.vsock_take(socket, pipe.room_to_host());
+            let (bytes, end) = self.os.socket_take(socket, pipe.room_to_host());
             pipe.send_bytes(&bytes);
             sent |= !bytes.is_empty();
             match end {

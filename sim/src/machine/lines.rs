@@ -6,6 +6,7 @@ use super::{
     link::{Pipe, SimLink},
 };
 use crate::{
+    guest::Address,
     ledger::Held,
     rng::{Purpose, Streams},
     trace::Tag,
@@ -19,7 +20,10 @@ use std::{
     task::{Poll, Waker},
     time::Duration,
 };
-use vm_core::machine::{Acceptor, BACKLOG, Link, MachineError, MachineStatus};
+use vm_core::{
+    fault::FaultKind,
+    machine::{Acceptor, BACKLOG, Link, MachineError, MachineStatus},
+};
 use vm_guest_agent::core::ConnId;
 
 /// How long the other side takes to answer who connects.
@@ -30,6 +34,8 @@ const ANSWER: (Duration, Duration) = (Duration::from_micros(30), Duration::from_
 pub(super) struct Lines {
     pub(super) pipes: BTreeMap<ConnId, Pipe>,
     listeners: BTreeMap<u32, Listener>,
+    /// TCP connections that programs want to the host: socket and port.
+    pub(super) tcp_dials: Vec<(u32, u16)>,
     next_conn: u64,
 }
 
@@ -81,13 +87,17 @@ impl Lines {
 
 impl Shared {
     /// Opens a stream to a port of the guest. While the machine stands still, that takes until it goes on.
-    pub(super) async fn dial(self: &Arc<Self>, port: u32) -> Result<SimLink, MachineError> {
+    pub(super) async fn dial(self: &Arc<Self>, address: Address) -> Result<SimLink, MachineError> {
+        let purpose = match address {
+            Address::Vsock(_) => Purpose::Vsock,
+            Address::Tcp(_) => Purpose::Network,
+        };
         self.world().enter().await;
-        self.world().delay(Purpose::Vsock, ANSWER.0, ANSWER.1).await;
+        self.world().delay(purpose, ANSWER.0, ANSWER.1).await;
         loop {
             let mut changed = std::pin::pin!(self.changed());
             changed.as_mut().enable();
-            if let Some(dialled) = self.dial_now(port) {
+            if let Some(dialled) = self.dial_now(address) {
                 return dialled;
             }
             changed.await;
@@ -95,7 +105,7 @@ impl Shared {
     }
 
     /// Opens a stream at once; `None` while the machine stands still.
-    fn dial_now(self: &Arc<Self>, port: u32) -> Option<Result<SimLink, MachineError>> {
+    fn dial_now(self: &Arc<Self>, address: Address) -> Option<Result<SimLink, MachineError>> {
         let mut state = self.lock();
         let state = &mut *state;
         match state.status {
@@ -104,12 +114,26 @@ impl Shared {
             MachineStatus::Paused | MachineStatus::Fresh => return None,
         }
         let now = self.world().now();
-        let dialled = state.guest.as_mut().and_then(|guest| guest.os.vsock_dial(port));
-        let conn = dialled.map(|socket| state.lines.add(Pipe::of_socket(socket)));
-        let numbers = [8, u64::from(port), conn.map_or(u64::MAX, |conn| conn.0)];
+        let guest = state.guest.as_mut()?;
+        let (what, port) = match address {
+            Address::Vsock(port) => (8, u64::from(port)),
+            Address::Tcp(port) => (11, u64::from(port)),
+        };
+        let over_tcp = matches!(address, Address::Tcp(_));
+        if over_tcp
+            && guest.os.socket_listens(address)
+            && self.strike(FaultKind::NetRefused).is_some()
+        {
+            return Some(Err(MachineError::Failed("the host refuses it".to_owned())));
+        }
+        let conn = guest.os.socket_dial(address).map(|socket| {
+            let pipe = Pipe::of_socket(socket);
+            state.lines.add(if over_tcp { pipe.over_tcp() } else { pipe })
+        });
+        let numbers = [what, port, conn.map_or(u64::MAX, |conn| conn.0)];
         self.world().note(Some(self.vm()), Tag::Machine, &numbers, || match conn {
-            Some(conn) => format!("port {port} dialled, connection {}", conn.0),
-            None => format!("port {port} dialled, and nothing listens"),
+            Some(conn) => format!("{address:?} dialled, connection {}", conn.0),
+            None => format!("{address:?} dialled, and nothing listens"),
         });
         let Some(conn) = conn else { return Some(Err(MachineError::NotListening)) };
         if let Some(guest) = &mut state.guest {
@@ -182,9 +206,12 @@ impl fmt::Debug for SimAcceptor {
 impl Guest {
     /// Tells the host what programs dial.
     pub(super) fn pass_dials(&mut self, now: Duration, lines: &mut Lines, streams: &Streams) {
-        if self.os.vsock_has_dials() {
-            for (socket, port) in self.os.vsock_take_dials() {
-                lines.dialled(socket, port, now, streams);
+        if self.os.socket_has_dials() {
+            for (socket, address) in self.os.socket_take_dials() {
+                match address {
+                    Address::Vsock(port) => lines.dialled(socket, port, now, streams),
+                    Address::Tcp(port) => lines.tcp_dials.push((socket, port)),
+                }
             }
         }
     }

@@ -26,6 +26,8 @@ pub(super) struct Pipe {
     to_host: BytesMut,
     /// The guest's socket; none on the agent's connections.
     pub(super) socket: Option<u32>,
+    /// It goes over the network.
+    pub(super) tcp: bool,
     /// When the guest accepts, or hears of the host's answer.
     pub(super) accept_at: Duration,
     pub(super) accepted: bool,
@@ -71,6 +73,11 @@ impl Pipe {
     pub(super) fn to_socket(socket: u32, answer_at: Duration, accepted: bool) -> Self {
         let refused = !accepted;
         Self { socket: Some(socket), accept_at: answer_at, refused, ..Self::default() }
+    }
+
+    /// Lets it go over the network.
+    pub(super) fn over_tcp(self) -> Self {
+        Self { tcp: true, ..self }
     }
 
     /// Gives the time from which on the guest has something to do here, when it takes so many bytes.
@@ -176,6 +183,11 @@ impl Pipe {
     pub(super) fn end(&mut self) {
         self.guest_closed = true;
         self.wake_all();
+    }
+
+    /// Says whether the connection broke.
+    pub(super) fn is_broken(&self) -> bool {
+        self.broken
     }
 
     /// Says whether the guest's end is gone.
@@ -292,6 +304,11 @@ impl AsyncRead for SimLink {
             machine.arm(&mut state, until, now);
             return Poll::Pending;
         }
+        if !pipe.to_host.is_empty() && machine.reset(pipe) {
+            machine.arm(&mut state, now, now);
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         if pipe.to_host.is_empty() {
             if pipe.broken {
                 return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
@@ -340,6 +357,7 @@ impl AsyncWrite for SimLink {
             return Poll::Pending;
         }
         if machine.trouble(pipe, now) {
+            machine.arm(&mut state, now, now);
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
         let length = machine.shorten(buf.len());

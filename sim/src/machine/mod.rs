@@ -6,12 +6,14 @@ mod image;
 mod lines;
 mod link;
 mod shared;
+mod tcp;
 
+use shared::Ports;
 pub(crate) use shared::Shared;
 
 use crate::{
     fault::Vms,
-    guest::{DiskSetup, OsConfig, ShareSetup, SimOs},
+    guest::{Address, DiskSetup, OsConfig, ShareSetup, SimOs},
     rng::Purpose,
     world::World,
 };
@@ -31,10 +33,13 @@ use vm_core::{
 };
 use vm_guest_protocol::AGENT_PORT;
 use vm_planted_bugs::{Bug, planted};
-use vm_trait::{Capabilities, HostLimits, Inspection, MemoryRegion, Mib, VcpuInspection, VmConfig};
+use vm_trait::{
+    Capabilities, HostLimits, Inspection, MemoryRegion, Mib, NetworkConfig, VcpuInspection,
+    VmConfig,
+};
 
 /// The version of a machine's state.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 /// How much longer than the guest's memory its state may be.
 const STATE_MARGIN: u64 = 64 << 20;
 /// The architecture that the guests have, whatever the host's.
@@ -102,7 +107,7 @@ impl Hypervisor for SimHypervisor {
         if self.world.strike(FaultKind::CreateExhausted, Vms::One(spec.vm)).is_some() {
             return Err(MachineError::Exhausted("memory".to_owned()));
         }
-        Ok(Arc::new(SimMachine(Shared::create(&self.world, spec.clone())?)))
+        Ok(Arc::new(SimMachine(Shared::create(&self.world, spec.clone(), Ports::Mapped)?)))
     }
 }
 
@@ -154,6 +159,7 @@ impl SimMachine {
                 .iter()
                 .map(|mount| ShareSetup { mount: mount.mount.clone() })
                 .collect(),
+            host_loopback: matches!(config.network, NetworkConfig::Tsi(_)),
         };
         let os = SimOs::new(os, Arc::clone(&self.world().programs))
             .map_err(|error| MachineError::Failed(error.to_string()))?;
@@ -340,7 +346,7 @@ impl Machine for SimMachine {
 
     async fn connect(&self, port: u32) -> Result<Box<dyn Link>, MachineError> {
         if port != AGENT_PORT {
-            return Ok(Box::new(self.0.dial(port).await?));
+            return Ok(Box::new(self.0.dial(Address::Vsock(port)).await?));
         }
         self.world().enter().await;
         Ok(Box::new(self.0.connect()?))
@@ -442,7 +448,8 @@ impl SimMachine {
             let state = self.in_status(MachineStatus::Paused)?;
             state.guest.as_ref().ok_or(MachineError::Ended)?.copy()
         };
-        let child = Shared::create(world, spec.clone())?;
+        let ports = if planted(Bug::ChildrenTakePorts) { Ports::TakenOver } else { Ports::None };
+        let child = Shared::create(world, spec.clone(), ports)?;
         let machine = SimMachine(child);
         let mut state = machine.0.lock();
         state.disks_attached = planted(Bug::ChildSharesDisk);

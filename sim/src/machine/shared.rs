@@ -47,6 +47,17 @@ pub(crate) struct Shared {
     number: AtomicU64,
 }
 
+/// Which of the host's ports a machine has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ports {
+    /// Those that its configuration maps.
+    Mapped,
+    /// None: its source has them.
+    None,
+    /// Those of its source; only a planted bug asks for that.
+    TakenOver,
+}
+
 pub(super) struct State {
     pub(super) status: MachineStatus,
     pub(super) exit: Option<MachineExit>,
@@ -75,11 +86,20 @@ struct Driver {
 #[derive(Debug, Default)]
 struct Aftermath {
     host_lost: bool,
+    /// TCP connections that programs want to the host.
+    dials: Vec<(u32, u16)>,
 }
 
 impl Shared {
     /// Finds room on the host for a machine.
-    pub(super) fn create(world: &Arc<World>, spec: MachineSpec) -> Result<Arc<Self>, MachineError> {
+    pub(super) fn create(
+        world: &Arc<World>,
+        spec: MachineSpec,
+        ports: Ports,
+    ) -> Result<Arc<Self>, MachineError> {
+        let life = (spec.vm, spec.life);
+        let mapped = Arc::clone(&spec.config);
+        let mapped = mapped.network.ports();
         let file = spec.config.console_file.as_deref();
         {
             let mut host = world.host();
@@ -90,6 +110,11 @@ impl Shared {
                     let (path, reason) = (path.display().to_string(), error.to_string());
                     MachineError::HostIo { path, reason }
                 })
+            });
+            let begun = begun.and_then(|()| match ports {
+                Ports::Mapped => host.tcp.take(mapped, life),
+                Ports::TakenOver => host.tcp.take_over(mapped, life),
+                Ports::None => Ok(()),
             });
             if let Err(error) = begun {
                 host.release(spec.config.memory);
@@ -116,6 +141,9 @@ impl Shared {
             changed: Notify::new(),
             number: AtomicU64::new(0),
         });
+        if !mapped.is_empty() {
+            world.host().tcp.open(life, &shared);
+        }
         shared.number.store(world.enlist(&shared), Ordering::Relaxed);
         shared.note(1, || "machine made".to_owned());
         Ok(shared)
@@ -206,6 +234,7 @@ impl Shared {
         self.file_console(&mut state.console);
         let mut host = self.world.host();
         host.release(self.spec.config.memory);
+        host.tcp.free((self.spec.vm, self.spec.life));
         if state.disks_attached {
             let images = state.guest.as_ref().map(Guest::disks).unwrap_or_default();
             let mut images = images.into_iter();
@@ -298,7 +327,7 @@ impl Shared {
     }
 
     /// The driver's poll.
-    fn drive(&self, cx: &mut Context<'_>) -> Poll<()> {
+    fn drive(self: &Arc<Self>, cx: &mut Context<'_>) -> Poll<()> {
         loop {
             let mut aftermath = Aftermath::default();
             let over = self.drive_once(cx, &mut aftermath);
@@ -306,8 +335,16 @@ impl Shared {
             if aftermath.host_lost {
                 self.world.lose_host();
             }
-            if let Some(poll) = over {
-                return poll;
+            let dials = std::mem::take(&mut aftermath.dials);
+            // Each has an answer that the driver is to bring.
+            let again = !dials.is_empty();
+            for (socket, port) in dials {
+                self.reach_host(socket, port);
+            }
+            match over {
+                Some(Poll::Pending) if again => {}
+                Some(poll) => return poll,
+                None => {}
             }
         }
     }
@@ -362,6 +399,7 @@ impl Shared {
         let mut progress =
             self.with_shares(guest, |guest| guest.run(now, lines, console, &self.world.streams));
         state.halts += 1;
+        aftermath.dials.append(&mut state.lines.tcp_dials);
         let mut next = progress.next.and_then(|next| guest.host_time(next));
         let clock = nanos(guest.clock(now));
         self.world.trace.record(now, Some(self.spec.vm), Tag::Clock, &[clock], &[], String::new);
@@ -482,6 +520,13 @@ impl Shared {
 
     /// Lets the link's faults happen at a write of the host; says whether the connection broke.
     pub(super) fn trouble(&self, pipe: &mut Pipe, now: Duration) -> bool {
+        if pipe.tcp {
+            if let Some(fired) = self.strike(FaultKind::NetSlow) {
+                let long = fired.amount(Duration::from_millis(1), Duration::from_secs(5));
+                pipe.stall(now + long);
+            }
+            return self.reset(pipe);
+        }
         if let Some(fired) = self.strike(FaultKind::LinkStall) {
             let long = fired.amount(Duration::from_millis(1), Duration::from_secs(20));
             pipe.stall(now + long);
@@ -492,6 +537,15 @@ impl Shared {
             return true;
         }
         false
+    }
+
+    /// Lets a connection over the network be reset; says whether it was.
+    pub(super) fn reset(&self, pipe: &mut Pipe) -> bool {
+        let resets = pipe.tcp && !pipe.is_broken() && self.strike(FaultKind::NetReset).is_some();
+        if resets {
+            pipe.break_down(&mut |bound| self.world.streams.index(Purpose::Network, bound));
+        }
+        resets
     }
 
     /// Gives how many of `most` bytes are moved.

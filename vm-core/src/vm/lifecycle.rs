@@ -52,6 +52,7 @@ impl Actor {
             Failure::Machine(
                 error @ (MachineError::Exhausted(_)
                 | MachineError::Config { .. }
+                | MachineError::PortInUse(_)
                 | MachineError::Unsupported(_)),
             ) => return self.abandon(error.into()).await,
             Failure::Cut(Cut::Late(after)) => format!("not ready within {after:?}"),

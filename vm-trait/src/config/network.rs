@@ -5,6 +5,18 @@ use serde::{Deserialize, Serialize};
 
 /// What network a guest has.
 ///
+/// Whatever it is, programs of a guest reach each other at its own loopback address, and their connections are of its
+/// own memory. A backend without [`GuestKernel`](Capability::GuestKernel) has no guest to keep apart: its programs have
+/// their host's network.
+///
+/// # Copies
+/// Mapped ports belong to the host, and one machine has a port at a time: from its start or restore to its end. A
+/// restored machine needs the ports of its configuration as a started one does, so it can only be had once its source
+/// has ended. A fork leaves them with the source; a child has none of them until it is stopped and started anew. The
+/// connections of a captured machine go on, and are reset in every copy; what listened in it listens in the copy.
+///
+/// While a machine is paused its connections stand still, and new ones wait.
+///
 /// ```
 /// use vm_trait::{NetworkConfig, VmConfig};
 /// let config = VmConfig::builder().with_network(NetworkConfig::tsi().with_port(8080, 80)).build()?;
@@ -15,11 +27,13 @@ use serde::{Deserialize, Serialize};
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum NetworkConfig {
-    /// Its own loopback device and nothing else: it reaches no host, and no host reaches it but by vsock.
+    /// Its own loopback device and nothing else: it reaches no host and no other address, and no host reaches it but by
+    /// vsock.
     #[default]
     None,
     /// The host's sockets in place of a network device: what the guest connects to is connected to by the host, and
-    /// the mapped ports are listened on by the host. It needs a guest kernel that can do it.
+    /// the mapped ports are listened on by the host. A loopback address is the guest's own, and the host's where nothing
+    /// in the guest listens on the port. It needs a guest kernel that can do it.
     Tsi(PortMap),
     /// A network device whose packets a `passt` process of the host turns into its own connections, in both ways.
     Passt(PortMap),
@@ -27,6 +41,10 @@ pub enum NetworkConfig {
 
 /// Which ports of the host lead to which of the guest, over TCP. A host port is reached at the host's loopback
 /// address; one that leads nowhere, because nothing listens in the guest, refuses or ends its connections.
+///
+/// A start or restore that needs a port which another machine or program has fails with
+/// [`PortInUse`](VmErrorKind::PortInUse), takes none of the others, and leaves the VM Stopped. Once the machine has
+/// ended, however it did, its ports are free again.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct PortMap(pub Vec<PortForward>);

@@ -1,7 +1,7 @@
 //! The kernel's command line.
 
 use super::place;
-use crate::control::Refusal;
+use crate::control::{ConsoleDevice, Refusal};
 use crate::vmm::layout::{CMDLINE, DEVICE_STEP};
 use vm_kvm_devices::Memory;
 use vm_launcher::cmdline;
@@ -37,7 +37,7 @@ fn line(user: &str, devices: &[Announced]) -> String {
         let (size, at) = (DEVICE_STEP >> 10, device.address);
         format!("virtio_mmio.device={size}K@{at:#x}:{}", device.line)
     });
-    cmdline::line(user, words)
+    cmdline::line(ConsoleDevice::SerialPort, user, words)
 }
 
 #[cfg(test)]

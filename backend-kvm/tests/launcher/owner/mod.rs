@@ -27,8 +27,8 @@ use std::{
     time::{Duration, Instant},
 };
 use vm_backend_kvm::control::{
-    Answer, CONTROL_FD, FromLauncher, LIFELINE_FD, MAX_FDS, MAX_PACKET, MachineSetUp, Refusal,
-    Request, ToLauncher,
+    Answer, CONTROL_FD, ConsoleDevice, FromLauncher, LIFELINE_FD, MAX_FDS, MAX_PACKET,
+    MachineSetUp, Refusal, Request, ToLauncher,
 };
 
 /// How long anything may take.
@@ -88,6 +88,7 @@ impl Parts {
                 memory_mib: 64,
                 cmdline: String::new(),
                 devices_in_cmdline: true,
+                console_device: ConsoleDevice::SerialPort,
                 initrd_parts: 0,
                 console_ring_bytes: RING,
                 console_file: false,
@@ -95,6 +96,7 @@ impl Parts {
                 disks: Vec::new(),
                 shares: Vec::new(),
                 vsock_cid: 3,
+                network: vm_trait::NetworkConfig::None,
             },
             kernel: in_memory(kernel),
             initrd: Vec::new(),

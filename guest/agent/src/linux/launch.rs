@@ -1,7 +1,8 @@
 //! The agent's command line, and its life as an ordinary process.
 
 use super::{
-    Ended, LinuxOs, Listener, Scope, ServeConfig, init, remove_tree, serve, set_mark, vsock_tool,
+    Ended, LinuxOs, Listener, Scope, ServeConfig, init, remove_tree, serve, set_mark,
+    stream_tool::{self, Transport},
 };
 use crate::{core::AgentConfig, os::GuestOs};
 use rustix::{
@@ -114,7 +115,7 @@ where
 
 /// Does what a command line asks for, and gives the code to exit with.
 ///
-/// Called by the name of the [`vsock_tool`] it is that tool. As the first process of a machine, where the command line
+/// Called by the name of a [`stream_tool`] it is that tool. As the first process of a machine, where the command line
 /// is what the kernel could not use of its own, it sets the machine up and serves, unless `--listen-unix` is there.
 ///
 /// It must be called on the only thread of the process.
@@ -124,8 +125,8 @@ where
     I::Item: Into<OsString>,
 {
     let arguments: Vec<OsString> = arguments.into_iter().map(Into::into).collect();
-    if called_as(vsock_tool::NAME) {
-        return vsock_tool::main(&arguments);
+    if let Some(transport) = Transport::ALL.into_iter().find(|it| called_as(it.tool())) {
+        return stream_tool::main(transport, &arguments);
     }
     if rustix::process::getpid() == Pid::INIT && !arguments.iter().any(asks_to_listen) {
         return init::run();

@@ -8,7 +8,7 @@
 //! | --- | --- |
 //! | [`launch`] | the command line of the agent binary |
 //! | `init` | the first process of a machine |
-//! | [`vsock_tool`] | the same binary as a tool that connects to the host |
+//! | [`stream_tool`] | the same binary as tools that connect to the host |
 //! | [`proc_table`] | `/proc` as a table |
 
 mod ffi;
@@ -20,7 +20,7 @@ pub mod proc_table;
 mod remove;
 mod serve;
 mod spawn;
-pub mod vsock_tool;
+pub mod stream_tool;
 
 pub use guest_os::{LinuxOs, Scope};
 pub use remove::remove_tree;

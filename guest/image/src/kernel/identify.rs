@@ -10,7 +10,7 @@ use std::{
 
 use rustix::fs::{CWD, Mode, OFlags, openat};
 
-use super::{Inner, Kernel, KernelError, Kind, MAX_KERNEL_BYTES, bzimage, scan};
+use super::{Inner, Kernel, KernelError, Kind, MAX_KERNEL_BYTES, bzimage, krunfw::Bundle, scan};
 use crate::{elf, unpack};
 
 const BANNER: &[u8] = b"Linux version ";
@@ -40,13 +40,19 @@ pub(super) fn open(path: &Path) -> Result<Kernel, KernelError> {
     let truncated = |needed| KernelError::Truncated { path: path.to_owned(), bytes, needed };
     let (kind, release) = if head.starts_with(b"\x7fELF") {
         let header = elf::Header::parse(&head).map_err(|wrong| not_a_kernel(&wrong.to_string()))?;
-        if header.interpreter || !header.upper_half {
-            return Err(not_a_kernel("an ELF program that runs in user space"));
-        }
+        let bundle = match header.interpreter || !header.upper_half {
+            true => {
+                let program = "an ELF program that runs in user space";
+                let found = Bundle::find(&file).unwrap_or(Err(program));
+                Some(found.map_err(not_a_kernel)?)
+            }
+            false => None,
+        };
         if header.segments_end > bytes {
             return Err(truncated(header.segments_end));
         }
-        (Kind::Elf, banner_release(&file, bytes).map_err(failed)?)
+        let kind = bundle.map_or(Kind::Elf, Kind::Krunfw);
+        (kind, banner_release(&file, bytes).map_err(failed)?)
     } else {
         let header =
             bzimage::Header::parse(&head).ok_or_else(|| not_a_kernel(name_content(&head)))?;

@@ -2,6 +2,7 @@
 
 mod bzimage;
 mod identify;
+mod krunfw;
 mod search;
 
 use std::{
@@ -49,6 +50,7 @@ enum Kind {
         payload: u64,
         payload_bytes: u64,
     },
+    Krunfw(krunfw::Bundle),
 }
 
 /// In what form a kernel file is.
@@ -59,6 +61,8 @@ pub enum KernelFormat {
     Elf,
     /// A compressed kernel behind the set-up code for PC firmware, which distributions call `vmlinuz`.
     BzImage,
+    /// A kernel inside the shared library libkrunfw.
+    Libkrunfw,
 }
 
 /// An uncompressed kernel, as an ELF file open for reading. Its position is shared by all clones, so read at explicit
@@ -98,7 +102,7 @@ pub enum KernelError {
         source: io::Error,
     },
     /// A file is not an x86-64 Linux kernel.
-    #[error("{}: not an x86-64 Linux kernel (ELF vmlinux or bzImage) but {found}", path.display())]
+    #[error("{}: not an x86-64 Linux kernel (ELF vmlinux, bzImage or libkrunfw) but {found}", path.display())]
     NotAKernel {
         /// Which.
         path: PathBuf,
@@ -152,12 +156,22 @@ impl Kernel {
     /// Takes `explicit` if given, else the file that `TWINVM_KERNEL` names if it is set; either must be a kernel. Else
     /// takes the first kernel among `/usr/local/lib/twinvm/vmlinux`, `/usr/lib/twinvm/vmlinux`, then, with the host's
     /// own release, `/boot/vmlinux-RELEASE`, `/boot/vmlinuz-RELEASE` and `/lib/modules/RELEASE/vmlinuz`, then
-    /// `/boot/vmlinuz`, `/vmlinuz`, and of `/boot/vmlinuz-*` the newest release first.
+    /// `/boot/vmlinuz`, `/vmlinuz`, and of `/boot/vmlinuz-*` the newest release first. The file may also be a libkrunfw,
+    /// which holds a kernel.
     ///
     /// # Errors
     /// That of [`open`](Self::open) for a file that was named, else [`KernelError::NotFound`] with every place searched.
     pub fn find(explicit: Option<&Path>) -> Result<Self, KernelError> {
-        search::find(explicit)
+        search::find(explicit, &[])
+    }
+
+    /// Finds a kernel as [`find`](Self::find) does, but takes that of an installed libkrunfw before one of the
+    /// host's own: `libkrunfw.so.5` in `lib64`, `lib/x86_64-linux-gnu` and `lib` of `/usr/local` and `/usr`.
+    ///
+    /// # Errors
+    /// As [`find`](Self::find).
+    pub fn find_with_libkrunfw(explicit: Option<&Path>) -> Result<Self, KernelError> {
+        search::find(explicit, &search::LIBKRUNFW)
     }
 
     /// Opens and identifies a kernel file.
@@ -180,6 +194,7 @@ impl Kernel {
         match self.inner.kind {
             Kind::Elf => KernelFormat::Elf,
             Kind::BzImage { .. } => KernelFormat::BzImage,
+            Kind::Krunfw(_) => KernelFormat::Libkrunfw,
         }
     }
 
@@ -195,7 +210,7 @@ impl Kernel {
         KernelFile { file: self.inner.file.clone(), bytes: self.inner.bytes }
     }
 
-    /// The kernel as an uncompressed ELF file: the file itself if it is one, else its payload, unpacked into a sealed
+    /// The kernel as an uncompressed ELF file: the file itself if it is one, else what is in it, unpacked into a sealed
     /// file in memory. That is done once and blocks for up to a few seconds; clones share it.
     ///
     /// Payloads may be compressed with gzip, xz, lzma, zstd or lz4.
@@ -203,14 +218,18 @@ impl Kernel {
     /// # Errors
     /// [`KernelError::Payload`] and [`KernelError::Io`].
     pub fn elf(&self) -> Result<KernelFile, KernelError> {
-        let Kind::BzImage { payload, payload_bytes } = self.inner.kind else {
+        if matches!(self.inner.kind, Kind::Elf) {
             return Ok(self.file());
-        };
+        }
         let mut unpacked = self.inner.unpacked.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(file) = &*unpacked {
             return Ok(file.clone());
         }
-        let file = self.unpack(payload, payload_bytes)?;
+        let file = match self.inner.kind {
+            Kind::Elf => self.file(),
+            Kind::BzImage { payload, payload_bytes } => self.unpack(payload, payload_bytes)?,
+            Kind::Krunfw(bundle) => self.io(self.extract(&bundle))?,
+        };
         Ok(unpacked.insert(file).clone())
     }
 
@@ -221,6 +240,24 @@ impl Kernel {
     /// Those of [`elf`](Self::elf).
     pub fn finds_virtio_by_acpi(&self) -> Result<bool, KernelError> {
         self.contains(&[b"LNRO0005\0"])
+    }
+
+    /// Whether it prints to a serial port, as far as its bytes tell: they name the driver of PCs' ports, 8250. It reads all
+    /// of the kernel.
+    ///
+    /// # Errors
+    /// Those of [`elf`](Self::elf).
+    pub fn drives_serial_port(&self) -> Result<bool, KernelError> {
+        self.contains(&[b"serial8250"])
+    }
+
+    /// Whether it can have the host's sockets in place of its own (TSI), as far as its bytes tell: they hold the word of
+    /// the command line that turns it on. It reads all of the kernel.
+    ///
+    /// # Errors
+    /// Those of [`elf`](Self::elf).
+    pub fn has_tsi(&self) -> Result<bool, KernelError> {
+        self.contains(&[b"tsi_hijack\0"])
     }
 
     /// Whether each of these strings of bytes is in the uncompressed kernel.
@@ -235,6 +272,25 @@ impl Kernel {
             !found.iter().all(|found| *found)
         }))?;
         Ok(found.into_iter().all(|found| found))
+    }
+
+    /// Makes an ELF file of what a libkrunfw holds.
+    fn extract(&self, bundle: &krunfw::Bundle) -> io::Result<KernelFile> {
+        let mut file = sealed::in_memory("twinvm-kernel")?;
+        let headers = bundle.elf_headers();
+        io::Write::write_all(&mut file, &headers)?;
+        let source = File::from(self.inner.file.try_clone()?);
+        let mut chunk = vec![0; CHUNK_BYTES];
+        let mut done = 0;
+        while done < bundle.bytes {
+            let left = usize::try_from(bundle.bytes - done).unwrap_or(usize::MAX);
+            let part = &mut chunk[..left.min(CHUNK_BYTES)];
+            source.read_exact_at(part, bundle.start + done)?;
+            io::Write::write_all(&mut file, part)?;
+            done += part.len() as u64;
+        }
+        sealed::seal(&file)?;
+        Ok(KernelFile { file: Arc::new(file.into()), bytes: headers.len() as u64 + bundle.bytes })
     }
 
     fn unpack(&self, payload: u64, payload_bytes: u64) -> Result<KernelFile, KernelError> {

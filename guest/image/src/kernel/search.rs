@@ -12,10 +12,22 @@ use super::{Kernel, KernelError, Searched};
 pub const KERNEL_VARIABLE: &str = "TWINVM_KERNEL";
 
 const OWN: [&str; 2] = ["/usr/local/lib/twinvm/vmlinux", "/usr/lib/twinvm/vmlinux"];
+
+/// Where libkrunfw usually is.
+pub(super) const LIBKRUNFW: [&str; 6] = [
+    "/usr/local/lib64/libkrunfw.so.5",
+    "/usr/local/lib/x86_64-linux-gnu/libkrunfw.so.5",
+    "/usr/local/lib/libkrunfw.so.5",
+    "/usr/lib64/libkrunfw.so.5",
+    "/usr/lib/x86_64-linux-gnu/libkrunfw.so.5",
+    "/usr/lib/libkrunfw.so.5",
+];
+
 const BOOT: &str = "/boot";
 const PREFIX: &str = "vmlinuz-";
 
-pub(super) fn find(explicit: Option<&Path>) -> Result<Kernel, KernelError> {
+/// `before_host` are the places to look at before those of the host's own kernels.
+pub(super) fn find(explicit: Option<&Path>, before_host: &[&str]) -> Result<Kernel, KernelError> {
     if let Some(path) = explicit {
         return Kernel::open(path);
     }
@@ -23,7 +35,7 @@ pub(super) fn find(explicit: Option<&Path>) -> Result<Kernel, KernelError> {
         return Kernel::open(Path::new(&path));
     }
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
-    first_of(usual_places(&release, Path::new(BOOT)))
+    first_of(usual_places(&release, Path::new(BOOT), before_host))
 }
 
 fn first_of(places: Vec<PathBuf>) -> Result<Kernel, KernelError> {
@@ -47,8 +59,8 @@ fn problem(error: &KernelError) -> String {
     }
 }
 
-fn usual_places(release: &str, boot: &Path) -> Vec<PathBuf> {
-    let mut places: Vec<PathBuf> = OWN.iter().map(PathBuf::from).collect();
+fn usual_places(release: &str, boot: &Path, before_host: &[&str]) -> Vec<PathBuf> {
+    let mut places: Vec<PathBuf> = OWN.iter().chain(before_host).map(PathBuf::from).collect();
     places.push(boot.join(format!("vmlinux-{release}")));
     places.push(boot.join(format!("{PREFIX}{release}")));
     places.push(PathBuf::from(format!("/lib/modules/{release}/vmlinuz")));

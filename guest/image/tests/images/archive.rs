@@ -51,6 +51,7 @@ fn an_image_without_a_root_has_what_the_agent_needs() {
         (".", 0o040_755),
         ("bin", 0o040_755),
         ("bin/vsock", 0o120_777),
+        ("bin/tcp", 0o120_777),
         ("dev", 0o040_755),
         ("dev/console", 0o020_600),
         ("dev/null", 0o020_666),
@@ -65,6 +66,7 @@ fn an_image_without_a_root_has_what_the_agent_needs() {
     assert_eq!(modes, expected);
     assert_eq!(found["init"].content, agent());
     assert_eq!(found["bin/vsock"].content, b"/init");
+    assert_eq!(found["bin/tcp"].content, b"/init");
     assert_eq!(found["dev/console"].device, (5, 1));
     assert!(image.module_paths().is_empty());
 }

@@ -1,6 +1,6 @@
 //! Kernels told from other files, and unpacked.
 
-use std::{fs, path::PathBuf};
+use std::{fs, path::PathBuf, process::Command};
 
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -100,6 +100,62 @@ fn an_elf_kernel_is_taken_as_it_is() {
     assert_eq!((opened.format(), opened.release()), (KernelFormat::Elf, Some(RELEASE)));
     assert_eq!(bytes_of(opened.elf().expect("is there").as_fd()), kernel);
     assert_eq!(Kernel::find(Some(&path)).expect("finds").path(), path);
+}
+
+/// Makes a shared library as libkrunfw is, at this level of optimization.
+fn library(directory: &TempDir, numbers: [u32; 3], optimization: &str) -> PathBuf {
+    let [load, entry, size] = numbers;
+    let source = format!(
+        r#"__attribute__((aligned(65536))) char KERNEL_BUNDLE[{BUNDLE} + 1] =
+            "Linux version {RELEASE} (someone@somewhere) #1\n";
+        char *krunfw_get_kernel(unsigned long *load, unsigned long *entry, unsigned long *size) {{
+            *load = {load}; *entry = {entry}; *size = {size};
+            return KERNEL_BUNDLE;
+        }}"#
+    );
+    let (code, made) = (directory.path().join("code.c"), directory.path().join("libkrunfw.so.5"));
+    fs::write(&code, source).expect("writes");
+    let mut compiler = Command::new("cc");
+    compiler.args(["-shared", "-fPIC", optimization, "-o"]).args([&made, &code]);
+    assert!(compiler.status().expect("there is a C compiler").success());
+    made
+}
+
+const BUNDLE: u32 = 3 << 12;
+
+#[test]
+fn the_kernel_of_a_libkrunfw_becomes_an_elf_file() {
+    let directory = TempDir::new().expect("a directory");
+    for optimization in ["-O0", "-O2", "-Os"] {
+        for entry in [0x100_0000, 0x100_0123] {
+            let path = library(&directory, [0x100_0000, entry, BUNDLE], optimization);
+            let opened = Kernel::open(&path).expect("opens");
+            assert_eq!(
+                (opened.format(), opened.release()),
+                (KernelFormat::Libkrunfw, Some(RELEASE)),
+                "{optimization}"
+            );
+            let bytes = bytes_of(opened.elf().expect("is there").as_fd());
+            assert_eq!(bytes[24..32], u64::from(entry).to_le_bytes());
+            assert!(bytes[4096..].starts_with(b"Linux version "));
+            assert_eq!(bytes.len() as u64, 4096 + u64::from(BUNDLE));
+            let (_directory, path) = file(&bytes);
+            assert_eq!(Kernel::open(&path).expect("opens").format(), KernelFormat::Elf);
+            assert!(
+                !opened.has_tsi().expect("reads") && !opened.drives_serial_port().expect("reads")
+            );
+        }
+    }
+    let path = library(&directory, [0x100_0000, 0x100_0123, BUNDLE - 4096], "-O2");
+    assert!(
+        matches!(Kernel::open(&path), Err(KernelError::NotAKernel { found, .. }) if found.contains("libkrunfw"))
+    );
+    let path = library(&directory, [0x100_0000, 0x100_0123, BUNDLE], "-O2");
+    let whole = fs::read(&path).expect("reads");
+    for length in (0..whole.len()).step_by(997) {
+        let (_directory, path) = file(&whole[..length]);
+        assert!(Kernel::open(&path).is_err(), "{length} of {} bytes", whole.len());
+    }
 }
 
 #[test]

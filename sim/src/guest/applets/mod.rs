@@ -7,10 +7,10 @@ mod listing;
 mod options;
 mod path;
 mod printf;
+mod stream_tool;
 mod system;
 mod test_command;
 mod text;
-mod vsock;
 
 pub(super) use path::look_up;
 use printf::unescape;
@@ -27,8 +27,8 @@ use dd::Copy;
 use filter::Filter;
 use serde::{Deserialize, Serialize};
 use std::{collections::VecDeque, sync::Arc, time::Duration};
+use stream_tool::StreamTool;
 use vm_guest_agent::os::Errno;
-use vsock::Vsock;
 
 /// Where the built-in commands are.
 pub(super) const PATHS: &[&str] = &[
@@ -68,6 +68,7 @@ pub(super) const PATHS: &[&str] = &[
     "/bin/stty",
     "/bin/sync",
     "/bin/tail",
+    "/bin/tcp",
     "/bin/tee",
     "/bin/test",
     "/bin/touch",
@@ -101,7 +102,7 @@ pub(super) enum Applet {
     Filter(Box<Filter>),
     Copy(Box<Copy>),
     Shell(Box<Shell>),
-    Vsock(Box<Vsock>),
+    Streams(Box<StreamTool>),
 }
 
 /// A command that does its work at once, and gives its exit code.
@@ -243,7 +244,7 @@ impl Applet {
             Self::Filter(filter) => filter.step(sys),
             Self::Copy(copy) => copy.step(sys),
             Self::Shell(shell) => shell.step(sys),
-            Self::Vsock(vsock) => match vsock.step(sys) {
+            Self::Streams(tool) => match tool.step(sys) {
                 Ok(step) => step,
                 Err(out) => {
                     *self = Self::Finish { out, code: 1 };
@@ -284,9 +285,9 @@ impl Applet {
                 Some(code) => code,
                 None => return Step::Continue,
             },
-            "vsock" => match Vsock::start(sys, argv, &mut out) {
-                Ok(vsock) => {
-                    *self = Self::Vsock(Box::new(vsock));
+            "tcp" | "vsock" => match StreamTool::start(sys, name, argv, &mut out) {
+                Ok(tool) => {
+                    *self = Self::Streams(Box::new(tool));
                     return Step::Continue;
                 }
                 Err(code) => code,

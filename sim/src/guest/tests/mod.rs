@@ -20,6 +20,7 @@ pub(super) fn config() -> OsConfig {
         max_processes: 256,
         disks: Vec::new(),
         shares: Vec::new(),
+        host_loopback: false,
     }
 }
 

@@ -20,8 +20,9 @@ const LOWER: &str = "/twinvm/lower";
 const LAYER: &str = "/twinvm/layer";
 const MERGED: &str = "/twinvm/merged";
 
-/// Where the agent's program is offered under its other name.
+/// Where the agent's program is offered under its other names; the second leads to the first.
 const TOOL: &str = "/bin/vsock";
+const SECOND_TOOL: &str = "/bin/tcp";
 
 /// Types of file systems that live in memory, as statfs(2) has them.
 const IN_MEMORY: [i64; 2] = [0x8584_58f6, 0x0102_1994];
@@ -44,7 +45,7 @@ pub(super) fn enter(config: &BootConfig) -> Result<(), Failed> {
     };
     switch(root)?;
     if !read_only {
-        offer_tool();
+        offer_tools();
     }
     Ok(())
 }
@@ -150,12 +151,13 @@ fn empty(dir: &Path, device: u64) {
     }
 }
 
-/// Puts the agent's program where the initial file system had it under its other name. A root that has something
+/// Puts the agent's program where the initial file system had it under its other names. A root that has something
 /// there, or no room, keeps what it has.
-fn offer_tool() {
+fn offer_tools() {
     let mode = Mode::from_raw_mode(0o755);
     if fs::symlink_metadata(TOOL).is_err() && fs::copy("/proc/self/exe", TOOL).is_ok() {
         let _ = rustix::fs::chmodat(CWD, TOOL, mode, AtFlags::empty());
+        let _ = std::os::unix::fs::symlink(TOOL, SECOND_TOOL);
     }
 }
 

@@ -1,8 +1,9 @@
-//! The agent's binary called as `vsock`: streams between the guest's programs and the host.
+//! The agent's binary called as `vsock` or `tcp`: streams between the guest's programs and the host.
 //!
-//! `vsock connect PORT` connects to the host; `vsock listen PORT` takes one connection. Both copy standard input to the
-//! stream, ending it where the input ends, and the stream to standard output; they exit when the stream ends, with 0.
-//! `vsock listen --echo PORT` sends back what comes on any number of connections until it is killed. `listen` says
+//! `vsock connect PORT` connects to the host, `tcp connect [ADDRESS] PORT` to an IPv4 address, the loopback one where
+//! none is given; `listen PORT` takes one connection, over TCP at any address of the machine. Each copies standard input
+//! to the stream, ending it where the input ends, and the stream to standard output, and exits when the stream ends, with
+//! 0. `listen --echo PORT` sends back what comes on any number of connections until it is killed. `listen` says
 //! `listening` on standard error once it does. The exit code is 1 when a connection cannot be made or breaks, 2 when the
 //! command line makes no sense.
 
@@ -17,17 +18,52 @@ use std::{
     ffi::OsString,
     fmt::Display,
     io::{self, Write},
+    net::{Ipv4Addr, SocketAddrV4},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
-/// The name by which the binary is called.
-pub const NAME: &str = "vsock";
+/// What carries the streams.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// Vsock, to the host.
+    Vsock,
+    /// TCP over IPv4.
+    Tcp,
+}
 
-/// How the tool says what is wrong with its command line.
-pub const USAGE: &str = "\
+impl Transport {
+    /// Lists both.
+    pub const ALL: [Self; 2] = [Self::Vsock, Self::Tcp];
+
+    /// Gives the name by which the binary is called.
+    #[must_use]
+    pub fn tool(self) -> &'static str {
+        match self {
+            Self::Vsock => "vsock",
+            Self::Tcp => "tcp",
+        }
+    }
+
+    /// Gives how the tool says what is wrong with its command line.
+    #[must_use]
+    pub fn usage(self) -> &'static str {
+        match self {
+            Self::Vsock => {
+                "\
 usage: vsock connect PORT         connect to the host's port, and to standard input and output
        vsock listen PORT          the same with the first connection to this machine's port
-       vsock listen --echo PORT   send back what comes, on every connection";
+       vsock listen --echo PORT   send back what comes, on every connection"
+            }
+            Self::Tcp => {
+                "\
+usage: tcp connect [ADDRESS] PORT  connect to an IPv4 address, 127.0.0.1 if none is given, and to
+                                   standard input and output
+       tcp listen PORT             the same with the first connection to this machine's port
+       tcp listen --echo PORT      send back what comes, on every connection"
+            }
+        }
+    }
+}
 
 const EXIT_FAILED: u8 = 1;
 const EXIT_USAGE: u8 = 2;
@@ -47,74 +83,106 @@ const MAX_ECHOED: usize = 256;
 /// What the command line asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
-    Connect(u32),
-    Listen(u32),
-    Echo(u32),
+    Connect(Place),
+    Listen(Place),
+    Echo(Place),
+}
+
+/// Where to connect to, or to listen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// A port of the host to connect to, or of this machine to listen on.
+    Vsock(u32),
+    Tcp(SocketAddrV4),
 }
 
 /// Does what a command line, without the tool's own name, asks for, and gives the code to exit with.
 #[must_use]
-pub fn main(arguments: &[OsString]) -> u8 {
-    let Some(mode) = parse(arguments) else {
-        say(&USAGE);
+pub fn main(transport: Transport, arguments: &[OsString]) -> u8 {
+    let Some(mode) = parse(transport, arguments) else {
+        say(&transport.usage());
         return EXIT_USAGE;
     };
     let result = match mode {
-        Mode::Connect(port) => connect(port),
-        Mode::Listen(port) => listen(port).and_then(|listener| {
+        Mode::Connect(place) => connect(place).and_then(|stream| join(&stream)),
+        Mode::Listen(place) => listen(place).and_then(|listener| {
             let stream = retry_on_intr(|| rustix::net::accept_with(&listener, STREAM_FLAGS))?;
             drop(listener);
             join(&stream)
         }),
-        Mode::Echo(port) => listen(port).and_then(|listener| echo(&listener)),
+        Mode::Echo(place) => listen(place).and_then(|listener| echo(&listener)),
     };
     match result {
         Ok(()) => 0,
         Err(error) => {
-            let (Mode::Connect(port) | Mode::Listen(port) | Mode::Echo(port)) = mode;
-            say(&format_args!("{NAME}: port {port}: {error}"));
+            let (Mode::Connect(place) | Mode::Listen(place) | Mode::Echo(place)) = mode;
+            let port = match place {
+                Place::Vsock(port) => port,
+                Place::Tcp(address) => address.port().into(),
+            };
+            say(&format_args!("{}: port {port}: {error}", transport.tool()));
             EXIT_FAILED
         }
     }
 }
 
-fn parse(arguments: &[OsString]) -> Option<Mode> {
+fn parse(transport: Transport, arguments: &[OsString]) -> Option<Mode> {
     let words: Vec<&str> = arguments.iter().map(|word| word.to_str()).collect::<Option<_>>()?;
-    // The highest number stands for "any port" and names none.
-    let port = |text: &str| {
-        let digits = text.bytes().all(|byte| byte.is_ascii_digit());
-        text.parse().ok().filter(|port| digits && *port != u32::MAX)
+    let place = |address: Ipv4Addr, text: &str| {
+        text.bytes().all(|byte| byte.is_ascii_digit()).then_some(())?;
+        Some(match transport {
+            // The highest number stands for "any port" and names none.
+            Transport::Vsock => Place::Vsock(text.parse().ok().filter(|port| *port != u32::MAX)?),
+            Transport::Tcp => Place::Tcp(SocketAddrV4::new(address, text.parse().ok()?)),
+        })
     };
     match words[..] {
-        ["connect", text] => port(text).map(Mode::Connect),
-        ["listen", text] => port(text).map(Mode::Listen),
-        ["listen", "--echo", text] => port(text).map(Mode::Echo),
+        ["connect", port] => place(Ipv4Addr::LOCALHOST, port).map(Mode::Connect),
+        ["connect", address, port] if transport == Transport::Tcp => {
+            place(address.parse().ok()?, port).map(Mode::Connect)
+        }
+        ["listen", port] => place(Ipv4Addr::UNSPECIFIED, port).map(Mode::Listen),
+        ["listen", "--echo", port] => place(Ipv4Addr::UNSPECIFIED, port).map(Mode::Echo),
         _ => None,
     }
 }
 
 const STREAM_FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
 
-fn connect(port: u32) -> io::Result<()> {
-    let socket = socket()?;
-    ffi::vsock_connect(socket.as_fd(), HOST, port)?;
+fn connect(place: Place) -> io::Result<OwnedFd> {
+    let socket = socket(place)?;
+    match place {
+        Place::Vsock(port) => ffi::vsock_connect(socket.as_fd(), HOST, port)?,
+        Place::Tcp(address) => retry_on_intr(|| rustix::net::connect(&socket, &address))?,
+    }
     let flags = rustix::fs::fcntl_getfl(&socket)?;
     rustix::fs::fcntl_setfl(&socket, flags | OFlags::NONBLOCK)?;
-    join(&socket)
+    Ok(socket)
 }
 
-fn listen(port: u32) -> io::Result<OwnedFd> {
-    let socket = socket()?;
-    ffi::vsock_bind(socket.as_fd(), port)?;
+fn listen(place: Place) -> io::Result<OwnedFd> {
+    let socket = socket(place)?;
+    match place {
+        Place::Vsock(port) => ffi::vsock_bind(socket.as_fd(), port)?,
+        Place::Tcp(address) => {
+            // Connections of a listener before may still be on their way out.
+            rustix::net::sockopt::set_socket_reuseaddr(&socket, true)?;
+            rustix::net::bind(&socket, &address)?;
+        }
+    }
     rustix::net::listen(&socket, 128)?;
     say(&"listening");
     Ok(socket)
 }
 
 /// Makes a socket that waits.
-fn socket() -> io::Result<OwnedFd> {
+fn socket(place: Place) -> io::Result<OwnedFd> {
+    let family = match place {
+        Place::Vsock(_) => AddressFamily::VSOCK,
+        Place::Tcp(_) => AddressFamily::INET,
+    };
     let flags = SocketFlags::CLOEXEC;
-    Ok(rustix::net::socket_with(AddressFamily::VSOCK, SocketType::STREAM, flags, None)?)
+    Ok(rustix::net::socket_with(family, SocketType::STREAM, flags, None)?)
 }
 
 fn join(stream: &OwnedFd) -> io::Result<()> {
@@ -297,8 +365,8 @@ mod tests {
         thread::{self, JoinHandle},
     };
 
-    fn parsed(line: &str) -> Option<Mode> {
-        parse(&line.split_whitespace().map(OsString::from).collect::<Vec<_>>())
+    fn parsed(transport: Transport, line: &str) -> Option<Mode> {
+        parse(transport, &line.split_whitespace().map(OsString::from).collect::<Vec<_>>())
     }
 
     /// Relays between the peer of the first stream given and the two others: the input's writer, the output's reader.
@@ -319,25 +387,56 @@ mod tests {
 
     #[test]
     fn command_lines_are_understood_or_refused() {
-        assert_eq!(parsed("connect 7"), Some(Mode::Connect(7)));
-        assert_eq!(parsed("listen 4294967294"), Some(Mode::Listen(u32::MAX - 1)));
-        assert_eq!(parsed("listen --echo 0"), Some(Mode::Echo(0)));
-        for bad in [
-            "",
-            "connect",
-            "connect x",
-            "connect -1",
-            "connect +1",
-            "connect 1 2",
-            "listen",
-            "listen --echo",
-            "listen 1 --echo",
-            "echo 1",
-            "connect 4294967295",
-            "connect 4294967296",
-        ] {
-            assert_eq!(parsed(bad), None, "{bad}");
+        let vsock = |port| Some(Place::Vsock(port));
+        let of_vsock = |line| parsed(Transport::Vsock, line);
+        assert_eq!(of_vsock("connect 7"), vsock(7).map(Mode::Connect));
+        assert_eq!(of_vsock("listen 4294967294"), vsock(u32::MAX - 1).map(Mode::Listen));
+        assert_eq!(of_vsock("listen --echo 0"), vsock(0).map(Mode::Echo));
+        let tcp =
+            |address: [u8; 4], port| Some(Place::Tcp(SocketAddrV4::new(address.into(), port)));
+        let of_tcp = |line| parsed(Transport::Tcp, line);
+        assert_eq!(of_tcp("connect 7"), tcp([127, 0, 0, 1], 7).map(Mode::Connect));
+        assert_eq!(of_tcp("connect 10.1.2.3 7"), tcp([10, 1, 2, 3], 7).map(Mode::Connect));
+        assert_eq!(of_tcp("listen 65535"), tcp([0; 4], 65_535).map(Mode::Listen));
+        assert_eq!(of_tcp("listen --echo 0"), tcp([0; 4], 0).map(Mode::Echo));
+        for transport in Transport::ALL {
+            for bad in [
+                "",
+                "connect",
+                "connect x",
+                "connect -1",
+                "connect +1",
+                "connect 1 2",
+                "connect 10.1.2.3 2 3",
+                "listen",
+                "listen --echo",
+                "listen 1 --echo",
+                "echo 1",
+                "connect 4294967295",
+                "connect 4294967296",
+            ] {
+                assert_eq!(parsed(transport, bad), None, "{bad}");
+            }
         }
+        assert_eq!(of_vsock("connect 10.1.2.3 7"), None);
+        assert_eq!(of_tcp("connect 65536"), None);
+        assert_eq!(of_tcp("connect 10.1.2 7"), None);
+    }
+
+    #[test]
+    fn an_echo_over_tcp_is_reached() {
+        let place = |port| Place::Tcp(SocketAddrV4::new(Ipv4Addr::LOCALHOST, port));
+        let listener = std::net::TcpListener::from(listen(place(0)).unwrap());
+        let port = listener.local_addr().unwrap().port();
+        let echoing = listener.try_clone().unwrap();
+        // It has no end; the test's own ends it.
+        thread::spawn(move || echo(&echoing.into()));
+        let stream = std::net::TcpStream::from(connect(place(port)).unwrap());
+        stream.set_nonblocking(false).unwrap();
+        (&stream).write_all(b"there and back").unwrap();
+        stream.shutdown(Half::Write).unwrap();
+        assert_eq!(all_of(&stream), b"there and back");
+        assert!(connect(place(0)).is_err());
     }
 
     #[test]

@@ -1,5 +1,7 @@
-//! The launcher as a process, as far as it comes without a machine that runs.
+//! The launcher as a process, as far as it comes without a machine that runs; and networks of machines that do.
 #![cfg(any(feature = "vendored", feature = "system"))]
+
+mod network;
 
 use std::{
     fs::File,
@@ -10,7 +12,7 @@ use std::{
 };
 use vm_backend_libkrun::{
     LAUNCHER, LauncherProgram,
-    control::{MachineSetUp, Request, ToLauncher},
+    control::{ConsoleDevice, MachineSetUp, Request, ToLauncher},
 };
 use vm_core::machine::{Machine, MachineError, MachineExit, MachineSpec, MachineStatus};
 use vm_guest_protocol::AGENT_PORT;
@@ -40,6 +42,7 @@ fn set_up(cmdline: &str) -> ToLauncher {
         memory_mib: 64,
         cmdline: cmdline.to_owned(),
         devices_in_cmdline: true,
+        console_device: ConsoleDevice::SerialPort,
         initrd_parts: 1,
         console_ring_bytes: RING,
         console_file: false,
@@ -47,6 +50,7 @@ fn set_up(cmdline: &str) -> ToLauncher {
         disks: Vec::new(),
         shares: Vec::new(),
         vsock_cid: 3,
+        network: vm_trait::NetworkConfig::None,
     }))
 }
 

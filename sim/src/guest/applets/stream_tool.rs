@@ -1,4 +1,4 @@
-//! `vsock`: streams to and from the host, as the tool of the same name in a real guest.
+//! `vsock` and `tcp`: streams to and from the host, as the tools of the same names in a real guest.
 
 use super::{
     super::{
@@ -10,14 +10,23 @@ use super::{
 };
 use bytes::{Buf, Bytes};
 use serde::{Deserialize, Serialize};
+use std::net::Ipv4Addr;
 use vm_guest_agent::os::{Errno, SysResult};
 
 const CHUNK: usize = 64 << 10;
-const USAGE: &str = "usage: vsock connect PORT | vsock listen [--echo] PORT";
+const OF_VSOCK: &str = "usage: vsock connect PORT | vsock listen [--echo] PORT";
+const OF_TCP: &str = "usage: tcp connect [ADDRESS] PORT | tcp listen [--echo] PORT";
 
-/// A running `vsock`.
+/// A running `vsock` or `tcp`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(in super::super) enum Vsock {
+pub(in super::super) struct StreamTool {
+    name: String,
+    stage: Stage,
+}
+
+/// How far it got.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+enum Stage {
     /// It waits for the host's answer.
     Dialling { fd: u32, port: u32 },
     /// It says that it listens.
@@ -85,27 +94,38 @@ impl Copier {
     }
 }
 
-impl Vsock {
+impl StreamTool {
     /// Reads the command line; the error is the exit code.
     pub(super) fn start(
         sys: &mut Syscalls<'_>,
+        name: &str,
         argv: &[String],
         out: &mut Out,
     ) -> Result<Self, u8> {
+        let tcp = name == "tcp";
         let words: Vec<_> = argv.iter().skip(1).map(String::as_str).collect();
+        let mut address = Some(Ipv4Addr::LOCALHOST);
         let (listens, echo, port) = match words[..] {
             ["connect", port] => (false, false, port),
+            ["connect", at, port] if tcp => {
+                address = at.parse().ok();
+                (false, false, port)
+            }
             ["listen", port] => (true, false, port),
             ["listen", "--echo", port] => (true, true, port),
             _ => {
-                out.error(USAGE);
+                out.error(if tcp { OF_TCP } else { OF_VSOCK });
                 return Err(2);
             }
         };
-        let Some(port) = port.parse().ok().filter(|port| !matches!(*port, 0 | u32::MAX)) else {
-            out.error(&format!("invalid port '{port}'"));
+        let most = if tcp { u32::from(u16::MAX) } else { u32::MAX - 1 };
+        let port = port.parse().ok().filter(|port| (1..=most).contains(port));
+        let (Some(port), Some(address)) = (port, address) else {
+            out.error("invalid address or port");
             return Err(2);
         };
+        let of_tcp = u16::try_from(port).unwrap_or(0);
+        let running = |stage| Self { name: name.to_owned(), stage };
         let mut failed = |errno| {
             out.error(&format!("port {port}: {}", errno_text(errno)));
             1
@@ -113,19 +133,30 @@ impl Vsock {
         // A host that is gone shows as an error of the write.
         sys.ignore_signal(signals::PIPE).map_err(&mut failed)?;
         if listens {
-            let listener = sys.vsock_listen(port).map_err(failed)?;
-            let mut out = Out::new("vsock");
+            let listened = if tcp { sys.tcp_listen(of_tcp) } else { sys.vsock_listen(port) };
+            let listener = listened.map_err(failed)?;
+            let mut out = Out::new(name);
             out.put_to(2, b"listening\n");
-            return Ok(Self::Announcing { listener, echo, out });
+            return Ok(running(Stage::Announcing { listener, echo, out }));
         }
-        let fd = sys.vsock_connect(port).map_err(failed)?;
-        Ok(Self::Dialling { fd, port })
+        let dialled = if tcp { sys.tcp_connect(address, of_tcp) } else { sys.vsock_connect(port) };
+        Ok(running(Stage::Dialling { fd: dialled.map_err(failed)?, port }))
     }
 
     /// Goes on; the error is what is to be said before it exits with 1.
     pub(super) fn step(&mut self, sys: &mut Syscalls<'_>) -> Result<Step, Out> {
+        self.stage.step(sys).map_err(|complaint| {
+            let mut out = Out::new(&self.name);
+            out.error(&complaint);
+            out
+        })
+    }
+}
+
+impl Stage {
+    fn step(&mut self, sys: &mut Syscalls<'_>) -> Result<Step, String> {
         match self {
-            Self::Dialling { fd, port } => match sys.vsock_connected(*fd) {
+            Self::Dialling { fd, port } => match sys.connected(*fd) {
                 Ok(()) => *self = Self::copying(*fd),
                 Err(Errno::AGAIN) => return Ok(Step::Block(WaitFor::writable(*fd))),
                 Err(errno) => return Err(complaint(&format!("port {port}"), errno)),
@@ -141,7 +172,7 @@ impl Vsock {
                     };
                 }
             },
-            Self::Waiting { listener } => match sys.vsock_accept(*listener) {
+            Self::Waiting { listener } => match sys.accept(*listener) {
                 Ok(fd) => {
                     let _ = sys.close(*listener);
                     *self = Self::copying(fd);
@@ -160,14 +191,12 @@ impl Vsock {
     }
 }
 
-fn complaint(what: &str, errno: Errno) -> Out {
-    let mut out = Out::new("vsock");
-    out.error(&format!("{what}: {}", errno_text(errno)));
-    out
+fn complaint(what: &str, errno: Errno) -> String {
+    format!("{what}: {}", errno_text(errno))
 }
 
-/// Copies both ways until the host writes no more.
-fn copy(sys: &mut Syscalls<'_>, input: &mut Copier, output: &mut Copier) -> Result<Step, Out> {
+/// Copies both ways until the other side writes no more.
+fn copy(sys: &mut Syscalls<'_>, input: &mut Copier, output: &mut Copier) -> Result<Step, String> {
     let stream = output.from;
     let received = output.step(sys).map_err(|errno| complaint("stream", errno))?;
     if matches!(received, Copied::All) {
@@ -175,7 +204,7 @@ fn copy(sys: &mut Syscalls<'_>, input: &mut Copier, output: &mut Copier) -> Resu
     }
     let was_ended = input.ended;
     let sent = match input.step(sys) {
-        // The host reads no more; it may still write.
+        // The other side reads no more; it may still write.
         Err(Errno::PIPE) => {
             (input.ended, input.held) = (true, Bytes::new());
             Copied::All
@@ -183,7 +212,7 @@ fn copy(sys: &mut Syscalls<'_>, input: &mut Copier, output: &mut Copier) -> Resu
         sent => sent.map_err(|errno| complaint("standard input", errno))?,
     };
     if input.ended && !was_ended {
-        let _ = sys.vsock_shutdown(stream);
+        let _ = sys.shutdown(stream);
     }
     Ok(match (received, sent) {
         (Copied::Wait, Copied::Wait) => {
@@ -195,9 +224,9 @@ fn copy(sys: &mut Syscalls<'_>, input: &mut Copier, output: &mut Copier) -> Resu
 }
 
 /// Takes connections and sends back what comes on each.
-fn echo(sys: &mut Syscalls<'_>, listener: u32, streams: &mut Vec<Copier>) -> Result<Step, Out> {
+fn echo(sys: &mut Syscalls<'_>, listener: u32, streams: &mut Vec<Copier>) -> Result<Step, String> {
     let mut busy = false;
-    match sys.vsock_accept(listener) {
+    match sys.accept(listener) {
         Ok(fd) => {
             streams.push(Copier::new(fd, fd));
             busy = true;
