@@ -68,7 +68,8 @@ pub struct SnapshotOptions {
     /// [`IncrementalSnapshot`](crate::Capability::IncrementalSnapshot). Default false.
     pub tracked: bool,
     /// Hold only what changed since this snapshot, which must be one of the last eight tracked ones of this life of the
-    /// machine: taken, or restored from, with `tracked`. It is tracked itself. Neither it nor those below it may be moved,
+    /// machine: taken, or restored from, with `tracked`; or a copy of one that was exported whole and imported. The new one is
+    /// tracked itself, and needs the file that is named here. Neither it nor those below it may be moved,
     /// changed or deleted as long as the new one is needed, but for all of a chain that is moved together. Default none.
     pub base: Option<Box<Snapshot>>,
 }

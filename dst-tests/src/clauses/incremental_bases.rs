@@ -1,6 +1,6 @@
 //! Incremental snapshots and what stands in the place of their base.
 
-use super::probe::{Vm, sh, truthful};
+use super::probe::{Nonce, Vm, sh, truthful};
 use crate::{
     clause,
     clause::{Clause, Verdict},
@@ -17,6 +17,9 @@ pub(super) const CLAUSES: &[Clause] = &[
     clause!(very_base, "incremental.needs_the_very_base",
         "a snapshot whose base was replaced by one that holds the same is refused with SnapshotCorrupt",
         [Exec, Pause, Snapshot, IncrementalSnapshot], faults: []),
+    clause!(copied, "incremental.a_copy_of_the_base_will_do",
+        "a snapshot is taken on an imported copy of its base, needs that copy and nothing else, and is refused on what was merged",
+        [Exec, Snapshot, IncrementalSnapshot], faults: []),
     clause!(went_away, "incremental.what_went_is_gone",
         "what became zeros or was removed since the base is so in the copy, also after a merge",
         [Exec, Files, Snapshot, IncrementalSnapshot], faults: []),
@@ -51,6 +54,31 @@ async fn very_base(ctx: &Context) -> Verdict {
     ensure_err!(restored, VmErrorKind::SnapshotCorrupt { .. }, "a restore over another base");
     ctx.backend().delete_snapshot(&step).await?;
     Ok(ctx.backend().delete_snapshot(&other).await?)
+}
+
+async fn copied(ctx: &Context) -> Verdict {
+    let vm = ctx.running().await?;
+    let base = vm.snapshot(SnapshotOptions::default().tracked()).await?;
+    let nonce = Nonce::plant(ctx, &vm).await?;
+    let merged = ctx.backend().merge_snapshot(&base, None).await?;
+    ensure_err!(
+        vm.snapshot(SnapshotOptions::default().on_base(&merged)).await,
+        VmErrorKind::InvalidConfig { field, .. } if field == "base",
+        "a snapshot on what was merged from its base"
+    );
+    let bytes = ctx.backend().export_snapshot(&base).await?;
+    let copy = ctx.backend().import_snapshot(bytes).await?;
+    ensure!(copy.path != base.path, "an import went to the file of the original");
+    let step = vm.snapshot(SnapshotOptions::default().on_base(&copy)).await?;
+    for gone in [&base, &merged] {
+        ctx.backend().delete_snapshot(gone).await?;
+    }
+    let restored = ctx.backend().restore(&step, RestoreOptions::running()).await?;
+    nonce.there(&restored, "in a machine from a snapshot on a copy of its base").await?;
+    ctx.backend().delete_snapshot(&copy).await?;
+    let restored = ctx.backend().restore(&step, RestoreOptions::running()).await;
+    ensure_err!(restored, VmErrorKind::SnapshotCorrupt { .. }, "a restore without the copy");
+    Ok(ctx.backend().delete_snapshot(&step).await?)
 }
 
 async fn went_away(ctx: &Context) -> Verdict {

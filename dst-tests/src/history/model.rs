@@ -94,7 +94,9 @@ impl Checker {
         }
         self.note_fired(&seen.fired);
         let calls: Vec<_> = seen.calls.iter().collect();
-        if let Some(hung) = calls.iter().find(|call| call.outcome == Outcome::Hung) {
+        let unexplained =
+            |call: &&&CallRecord| call.outcome == Outcome::Hung && !self.may_hang(&call.call.act);
+        if let Some(hung) = calls.iter().find(unexplained) {
             let sort = format!("hung: {}", sort_of(&hung.call.act));
             let text = format!("{} did not end within any deadline", hung.call);
             return Err(Violation { step: index, sort, text });
@@ -123,6 +125,11 @@ impl Checker {
         Ok(())
     }
 
+    /// Says whether a call may have no end: what is asked of a program that hangs has none.
+    fn may_hang(&self, act: &Act) -> bool {
+        matches!(act, Act::Ask { .. }) && self.fired.contains(&FaultKind::ExecHang)
+    }
+
     /// Takes note of faults that happened: machines that they befell may die of them.
     fn note_fired(&mut self, fired: &[FaultKind]) {
         self.fired.extend(fired);
@@ -144,6 +151,10 @@ impl Checker {
                 world
             });
             self.worlds = doomed.collect();
+        }
+        if fired.contains(&FaultKind::HostLost) {
+            let worlds = std::mem::take(&mut self.worlds);
+            self.worlds = worlds.into_iter().flat_map(World::with_removed_ones_back).collect();
         }
     }
 
@@ -176,6 +187,7 @@ impl Checker {
             Outcome::Dropped if drop_after_us.is_some() => {
                 world.open_ended(*vm, act, regular, found);
             }
+            Outcome::Hung => world.open_ended(*vm, act, regular, found),
             Outcome::Failed(code) => {
                 let ender = beside.ends(*vm) || act.ends_life() || world.may_end(*vm);
                 let cut = ["interrupted", "disconnected", "vmm_crashed", "guest_crashed"];
@@ -231,10 +243,11 @@ impl Checker {
     /// Gives all worlds that this one may have become by itself: calls whose end nobody saw are carried out late, and
     /// machines die of faults.
     fn closure(&self, world: &World) -> BTreeSet<World> {
+        let resume_fails = self.fired.iter().any(|kind| faults::may_keep_paused(*kind));
         let mut all = BTreeSet::from([world.clone()]);
         let mut new = vec![world.clone()];
         while let Some(world) = new.pop() {
-            for after in world.late_steps(self.capabilities) {
+            for after in world.late_steps(self.capabilities, resume_fails) {
                 if all.len() <= MOST_WORLDS && all.insert(after.clone()) {
                     new.push(after);
                 }

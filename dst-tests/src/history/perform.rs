@@ -71,7 +71,8 @@ impl<'a> Driver<'a> {
 
     async fn step(&self, step: &Step) -> StepRecord {
         let calls = match step {
-            Step::Do(call) => vec![self.one(call).await],
+            // Alone, but for what an earlier call began that was dropped: its guest may come to stand still.
+            Step::Do(call) => self.together(std::slice::from_ref(call)).await,
             Step::Together(calls) => self.together(calls).await,
             Step::Fault(disturbance) => {
                 self.disturb(disturbance).await;

@@ -132,7 +132,8 @@ impl Actor {
         Ok(Snapshot::new(path, metadata))
     }
 
-    /// Finds the base of a snapshot that is to be taken, and makes sure that it is still where it was.
+    /// Finds the base of a snapshot that is to be taken, and makes sure that the file it is said to be in holds it: the
+    /// one that was written, or a copy of it.
     async fn base(
         &mut self,
         reply: &mut Reply,
@@ -142,7 +143,7 @@ impl Actor {
         let refuse = |reason: String| VmErrorKind::invalid("base", reason);
         let id = base.metadata.id;
         let tracked = self.tracked.iter().find(|tracked| tracked.id == id).cloned();
-        let tracked = tracked.ok_or_else(|| {
+        let mut tracked = tracked.ok_or_else(|| {
             refuse(format!(
                 "what changed since {id} is not known; take a snapshot with `tracked` first"
             ))
@@ -153,6 +154,7 @@ impl Actor {
                 tracked.length - 1
             )));
         }
+        tracked.path.clone_from(&base.path);
         if path == Some(&tracked.path) {
             return Err(refuse(format!("{id} is in the file that would be written")));
         }
@@ -164,7 +166,7 @@ impl Actor {
             Err(cut) => return Err(self.give_up(cut).await),
         };
         if seal != tracked.seal && !planted(Bug::BaseIsNotLookedAt) {
-            let detail = format!("{} is no longer {id}", tracked.path.display());
+            let detail = format!("{} does not hold {id}", tracked.path.display());
             return Err(VmErrorKind::SnapshotCorrupt { detail });
         }
         Ok(tracked)

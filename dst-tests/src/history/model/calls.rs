@@ -128,13 +128,17 @@ impl World {
         base: Option<u8>,
     ) -> Ways {
         let base = base.and_then(|base| self.names.get(&base).copied());
-        if base.is_some_and(|base| !machine.tracked.contains(&base)) {
+        let is_tracked = |base: u32| {
+            let twin = self.taken.get(base as usize).and_then(|taken| taken.twin);
+            machine.tracked.contains(&twin.unwrap_or(base))
+        };
+        if base.is_some_and(|base| !is_tracked(base)) {
             let code = "invalid_config:base".to_owned();
             return vec![(Want::Is(Outcome::Failed(code)), self.clone())];
         }
         let mut world = self.clone();
         let guest = machine.guest.clone();
-        let taken = Taken { guest, base, deleted: false, under_way: BTreeSet::new() };
+        let taken = Taken { guest, base, twin: None, deleted: false, under_way: BTreeSet::new() };
         let id = world.take(into, taken);
         if let Some(machine) = world.vms.get_mut(&vm).filter(|_| tracked || base.is_some()) {
             machine.track(id);
@@ -207,7 +211,10 @@ impl World {
                 ]
             }
             Act::Carry { into, .. } | Act::Merge { into, .. } => {
-                let whole = Taken { base: None, deleted: false, ..taken.clone() };
+                // What is exported of a chain is another file, as what is merged is.
+                let copied = matches!(act, Act::Carry { .. }) && taken.base.is_none();
+                let twin = copied.then(|| taken.twin.unwrap_or(id));
+                let whole = Taken { base: None, twin, deleted: false, ..taken.clone() };
                 after.take(*into, whole);
                 vec![(ok(Seen::Nothing), after)]
             }
@@ -400,7 +407,8 @@ fn ran(guest: &Guest, program: &Program, timeout_ms: Option<u32>, limit: Option<
         Program::KillItself(signal) => {
             ends(format!("killed by {}", vm_trait::Signal(*signal)), String::new())
         }
-        Program::Cat(path) => match guest.files.read(path) {
+        // A guest takes two slashes for one, where requests of the host are refused.
+        Program::Cat(path) => match guest.files.read(&path.replace("//", "/")) {
             Ok(text) => ends("exited 0".to_owned(), text),
             Err(_) => ends("exited 1".to_owned(), String::new()),
         },

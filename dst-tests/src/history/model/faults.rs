@@ -20,6 +20,11 @@ pub(super) fn may_kill(kind: FaultKind) -> bool {
     )
 }
 
+/// Says whether a machine that a fault of this kind befell may stand still after a capture that was dropped.
+pub(super) fn may_keep_paused(kind: FaultKind) -> bool {
+    matches!(kind, FaultKind::PauseStuck | FaultKind::ResumeFail | FaultKind::ResumeStuck)
+}
+
 /// Says whether a fault of this kind befalls every machine of the host.
 pub(super) fn of_host(kind: FaultKind) -> bool {
     matches!(kind, FaultKind::HostLost | FaultKind::TornWrite | FaultKind::LostSync)

@@ -64,6 +64,8 @@ pub(super) struct Keeper {
 pub(super) struct Taken {
     pub(super) guest: Guest,
     pub(super) base: Option<u32>,
+    /// The one that its file is a copy of.
+    pub(super) twin: Option<u32>,
     pub(super) deleted: bool,
     /// Requests that were under way in the guest.
     pub(super) under_way: BTreeSet<Late>,
@@ -74,6 +76,8 @@ pub(super) struct Taken {
 pub(super) enum Late {
     Act(Act),
     Death,
+    /// A capture that was dropped is over; a machine that cannot go on then stays paused.
+    Captured,
 }
 
 impl Stage {
@@ -125,6 +129,7 @@ impl World {
         let ends = |late: &Late| match late {
             Late::Act(act) => act.ends_life(),
             Late::Death => true,
+            Late::Captured => false,
         };
         self.vms.get(&vm).is_some_and(|vm| vm.late.iter().any(ends))
     }
@@ -149,6 +154,22 @@ impl World {
         self.taken.push(taken);
         self.names.insert(name, id);
         id
+    }
+
+    /// Gives the worlds in which some removals of snapshots are forgotten, because their host was lost before they
+    /// were for good.
+    pub(super) fn with_removed_ones_back(self) -> BTreeSet<Self> {
+        let gone: Vec<_> = (0..self.taken.len()).filter(|at| self.taken[*at].deleted).collect();
+        let mut all = BTreeSet::from([self]);
+        for at in gone {
+            let back = all.iter().cloned().map(|mut world| {
+                world.taken[at].deleted = false;
+                world
+            });
+            let back: Vec<_> = back.collect();
+            all.extend(back);
+        }
+        all
     }
 
     /// Says whether a snapshot and all that it builds on are there.
@@ -215,8 +236,12 @@ impl World {
                 | Act::Snapshot { .. }
                 | Act::Spawn { .. }
         ) || act.is_of_backend();
+        if matches!(act, Act::Fork { .. } | Act::Snapshot { .. }) {
+            let mut later = self.clone();
+            later.vms.get_mut(&vm).map(|machine| machine.late.insert(Late::Captured));
+            found.push(later);
+        }
         if unnamed {
-            // A capture that was dropped may have been a tracked one.
             return;
         }
         found
@@ -232,7 +257,7 @@ impl World {
     }
 
     /// Gives the worlds in which one of the things that may happen late has happened.
-    pub(super) fn late_steps(&self, capabilities: Capabilities) -> Vec<Self> {
+    pub(super) fn late_steps(&self, capabilities: Capabilities, resume_fails: bool) -> Vec<Self> {
         let mut after = Vec::new();
         for (name, machine) in &self.vms {
             for late in &machine.late {
@@ -244,7 +269,10 @@ impl World {
                     Late::Death if machine.stage.has_machine() => {
                         after.extend(world.with_stage(*name, Stage::Crashed));
                     }
-                    Late::Death => {}
+                    Late::Captured if machine.stage == Stage::Running && resume_fails => {
+                        after.extend(world.with_stage(*name, Stage::Paused));
+                    }
+                    Late::Death | Late::Captured => {}
                     Late::Act(Act::Exec { program: Program::PowerOff, .. }) => {
                         if machine.stage.has_machine() {
                             after.extend(world.with_stage(*name, Stage::Stopped));

@@ -1,11 +1,21 @@
 use super::*;
 use crate::message::{
-    EntryKind, ExecSpec, GuestErrorKind, ProcessEntry, ResourceLimit, StatEntry, TermSize, UserSpec,
+    EntryKind, ExecSpec, GuestErrorKind, ListedDir, ProcessEntry, ResourceLimit, StatEntry,
+    TermSize, UserSpec,
 };
 use proptest::{collection::vec, option, prelude::*};
 
 fn channel() -> impl Strategy<Value = Channel> {
     prop_oneof![Just(Channel::Stdin), Just(Channel::Stdout), Just(Channel::Stderr)]
+}
+
+fn entry_kind() -> impl Strategy<Value = EntryKind> {
+    prop_oneof![
+        Just(EntryKind::File),
+        Just(EntryKind::Directory),
+        Just(EntryKind::Symlink),
+        Just(EntryKind::Other)
+    ]
 }
 
 fn size() -> impl Strategy<Value = TermSize> {
@@ -333,4 +343,44 @@ fn long_lists_are_refused_however_short_their_items() {
         assert_eq!(decode(kind::OPEN, &payload).is_ok(), good, "{args}");
         assert_eq!(fits(&request(args)), good, "{args}");
     }
+}
+
+#[test]
+fn bytes_that_are_read_into_the_buffer_are_counted_until_they_are_taken_out() {
+    let mut bytes = BytesMut::new();
+    encode_data(7, Channel::Stdout, 1 << 40, b"some", &mut bytes);
+    let mut decoder = Decoder::default();
+    assert_eq!(decoder.buffered(), 0);
+    decoder.buffer_mut().extend_from_slice(&bytes);
+    decoder.buffer_mut().extend_from_slice(b"xy");
+    assert_eq!(decoder.buffered(), bytes.len() + 2);
+    let data = Frame::Data {
+        channel: Channel::Stdout,
+        offset: 1 << 40,
+        bytes: Bytes::from_static(b"some"),
+    };
+    assert_eq!(decoder.next_frame(), Ok(Some((7, data))));
+    assert_eq!(decoder.buffered(), 2);
+}
+
+proptest! {
+    #[test]
+    fn listings_come_back_whole_and_others_are_refused(
+        names in vec((any::<String>(), entry_kind()), 0..70),
+        cut: prop::sample::Index,
+    ) {
+        let listed = ListedDir { entries: names };
+        let bytes = listed.to_bytes();
+        prop_assert_eq!(ListedDir::from_bytes(&bytes), Ok(listed));
+        prop_assert!(ListedDir::from_bytes(&bytes[..cut.index(bytes.len())]).is_err());
+    }
+}
+
+#[test]
+fn what_a_peer_may_hold_has_the_sizes_that_were_agreed() {
+    // Both sides reckon with them without telling each other.
+    let sizes = [MAX_DATA, crate::DEFAULT_WINDOW as usize, MAX_PAYLOAD];
+    assert_eq!(sizes, [65_536, 262_144, 4_194_304]);
+    let counts = [MAX_LIST, crate::MAX_LIMITS, crate::MAX_ENTRIES];
+    assert_eq!(counts, [131_072, 16, 1_048_576]);
 }
