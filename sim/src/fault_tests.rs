@@ -261,7 +261,7 @@ async fn anything(sim: &SimBackend) {
         }
         assert!(!matches!(vm.state(), VmState::Starting | VmState::Stopping));
     }
-    over_the_network(sim).await;
+    Box::pin(over_the_network(sim)).await;
 }
 
 /// Lets the host talk to a guest through a mapped port, whatever comes of it.

@@ -150,6 +150,24 @@ pub(super) async fn ping(
     super::streams::same_bytes(&back, &bytes, when)
 }
 
+/// Sends a few bytes to a guest's tool that is connected, and checks that it writes them out.
+pub(super) async fn passes_on(
+    ctx: &Context,
+    stream: &mut (impl AsyncWrite + Unpin),
+    tool: &GuestProcess,
+    when: &str,
+) -> Verdict {
+    let bytes = ctx.bytes(ctx.index(200) + 1);
+    write(ctx, stream, &bytes).await?;
+    let mut came = Vec::new();
+    while came.len() < bytes.len() {
+        let read = ctx.within(SOON, when, tool.read_stdout()).await??;
+        let Some(read) = read else { return Err(Broken::new(format!("{when}: it ended"))) };
+        came.extend_from_slice(&read);
+    }
+    super::streams::same_bytes(&came, &bytes, when)
+}
+
 /// Checks that a stream of a machine that is gone ends: reading does not wait, and writing fails.
 pub(super) async fn has_ended(
     ctx: &Context,

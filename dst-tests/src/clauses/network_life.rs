@@ -1,7 +1,7 @@
 //! Networks and the life of their machine: pauses, ends, copies, and faults on the way.
 
 use super::{
-    guest_streams::{LONG, fine, has_ended, ping, write},
+    guest_streams::{LONG, fine, has_ended, passes_on, ping},
     network_ports::{NETWORKS, Networked, cannot_start, connect, leads_nowhere, networks},
     probe::{SOON, Vm, crash, order, works},
     streams::{length, millis, same_bytes},
@@ -238,15 +238,7 @@ impl Source {
     /// Checks that both connections go on.
     async fn goes_on(&mut self, ctx: &Context, when: &str) -> Verdict {
         ping(ctx, &mut self.stream, when).await?;
-        let bytes = ctx.bytes(ctx.index(200) + 1);
-        write(ctx, &mut self.held, &bytes).await?;
-        let mut came = Vec::new();
-        while came.len() < bytes.len() {
-            let read = ctx.within(SOON, when, self.holder.read_stdout()).await??;
-            let Some(read) = read else { return Err(Broken::new(format!("{when}: it ended"))) };
-            came.extend_from_slice(&read);
-        }
-        same_bytes(&came, &bytes, when)
+        passes_on(ctx, &mut self.held, &self.holder, when).await
     }
 }
 

@@ -2,8 +2,8 @@
 
 use super::{
     guest_streams::{
-        accept, connect, dials, echo, fine, finished, has_ended, is_free, listens, ping, port,
-        round_trip, write,
+        accept, connect, dials, echo, fine, finished, has_ended, is_free, listens, passes_on, ping,
+        port, round_trip,
     },
     leftovers::nothing_left,
     probe::{SOON, Stage, Vm, crash, cut, works},
@@ -15,7 +15,6 @@ use crate::{
     context::Context,
     ensure, ensure_eq, ensure_err,
 };
-use bytes::Bytes;
 use futures_util::future::join;
 use std::{
     collections::BTreeSet,
@@ -332,15 +331,7 @@ impl Source {
     /// Checks that both streams go on.
     async fn goes_on(&mut self, ctx: &Context, when: &str) -> Verdict {
         ping(ctx, &mut self.stream, when).await?;
-        let bytes: Bytes = ctx.bytes(ctx.index(200) + 1);
-        write(ctx, &mut self.held, &bytes).await?;
-        let mut came = Vec::new();
-        while came.len() < bytes.len() {
-            let read = ctx.within(SOON, when, self.holder.read_stdout()).await??;
-            let Some(read) = read else { return Err(Broken::new(format!("{when}: it ended"))) };
-            came.extend_from_slice(&read);
-        }
-        same_bytes(&came, &bytes, when)
+        passes_on(ctx, &mut self.held, &self.holder, when).await
     }
 
     /// Checks that in a copy of the machine the connection is gone, and the listener there.

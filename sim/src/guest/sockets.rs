@@ -350,7 +350,8 @@ impl Sockets {
         }
         if let Some(peer) = peer {
             self.change(peer, |peer| {
-                (peer.peer_done, peer.peer_gone, peer.peer) = (true, true, None)
+                (peer.peer_done, peer.peer_gone) = (true, true);
+                peer.peer = None;
             });
         }
     }

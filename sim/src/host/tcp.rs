@@ -45,6 +45,28 @@ impl SimHost {
     ///
     /// # Errors
     /// `ConnectionRefused` where nobody listens; `ConnectionReset` where the machine ends meanwhile.
+    ///
+    /// ```
+    /// use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    /// # use vm_sim::SimBackend;
+    /// # use vm_trait::*;
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let backend = SimBackend::builder().seed(1).build()?;
+    /// let network = NetworkConfig::tsi().with_port(8080, 5000);
+    /// let vm = backend.create(VmConfig::builder().with_network(network).build()?).await?;
+    /// vm.start().await?;
+    /// let server = vm.spawn(ExecRequest::new("tcp").args(["listen", "--echo", "5000"])).await?;
+    /// // It says that it listens.
+    /// server.read_stderr().await?;
+    /// let mut stream = backend.host().connect(8080).await?;
+    /// stream.write_all(b"hello").await?;
+    /// let mut back = [0; 5];
+    /// stream.read_exact(&mut back).await?;
+    /// assert_eq!(&back, b"hello");
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn connect(&self, port: u16) -> io::Result<SimTcpStream> {
         let world = &self.0;
         world.enter().await;
