@@ -160,6 +160,14 @@ mod tests {
         }
 
         #[test]
+        fn shares_have_names_of_their_own(one in 0_usize..1000, other in 0_usize..1000) {
+            let (name, another) = (BootShare::name_of(one), BootShare::name_of(other));
+            prop_assert_eq!(name == another, one == other);
+            prop_assert!(name.bytes().all(|byte| byte.is_ascii_alphanumeric()));
+            prop_assert!((1..=8).contains(&name.len()), "it is a name in a directory");
+        }
+
+        #[test]
         fn any_bytes_are_survived(bytes in vec(any::<u8>(), 0..200)) {
             let _ = BootConfig::decode(&bytes);
         }

@@ -10,11 +10,11 @@ const LARGE: std::ffi::c_int = 32 << 10;
 ///
 /// To be called before the process has threads.
 pub fn keep_small() {
-    // SAFETY: mallopt(3) only sets numbers of the allocator, which no other thread reads meanwhile by the caller's promise.
     #[cfg(target_env = "gnu")]
-    unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE);
-        libc::mallopt(libc::M_ARENA_MAX, 1);
+    for (option, value) in [(libc::M_MMAP_THRESHOLD, LARGE), (libc::M_ARENA_MAX, 1)] {
+        // SAFETY: mallopt(3) only sets a number of the allocator, which no other thread reads meanwhile, by the caller's
+        // promise.
+        unsafe { libc::mallopt(option, value) };
     }
 }
 
@@ -23,6 +23,6 @@ pub fn give_back() {
     // SAFETY: malloc_trim(3) takes the allocator's own locks, and moves nothing that is in use.
     #[cfg(target_env = "gnu")]
     unsafe {
-        libc::malloc_trim(0);
-    }
+        libc::malloc_trim(0)
+    };
 }
