@@ -391,6 +391,13 @@ impl Context {
         }
     }
 
+    /// Makes a fork's child known to the target, so that any fault can befall it.
+    pub fn meet(&self, child: &Arc<dyn VmInstance>) {
+        if let Some(faults) = &self.setup.faults {
+            faults.meet(child);
+        }
+    }
+
     /// Counts how often a fault has happened.
     #[must_use]
     pub fn fired(&self, kind: FaultKind) -> u64 {

@@ -5,6 +5,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 use vm_core::fault::{FaultControl, FaultKind, FaultOrder, FaultRefused};
+use vm_trait::VmInstance;
 
 /// Passes everything on, and counts what was ordered.
 #[derive(Debug)]
@@ -34,6 +35,10 @@ impl FaultControl for CountedFaults {
         self.inner.order(order)?;
         *self.ordered.lock().unwrap_or_else(PoisonError::into_inner).entry(kind).or_default() += 1;
         Ok(())
+    }
+
+    fn meet(&self, vm: &Arc<dyn VmInstance>) {
+        self.inner.meet(vm);
     }
 
     fn fired(&self) -> BTreeMap<FaultKind, u64> {

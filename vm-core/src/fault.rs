@@ -4,8 +4,8 @@
 //! and made to happen is the backend's business; the contract asks for them by these names.
 
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, fmt, str::FromStr, time::Duration};
-use vm_trait::VmId;
+use std::{collections::BTreeMap, fmt, str::FromStr, sync::Arc, time::Duration};
+use vm_trait::{VmId, VmInstance};
 
 macro_rules! fault_kinds {
     ($($(#[$doc:meta])* $name:ident = $text:literal in $scope:ident,)*) => {
@@ -229,6 +229,10 @@ pub trait FaultControl: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`FaultRefused`] where it could never fire.
     fn order(&self, order: FaultOrder) -> Result<(), FaultRefused>;
+
+    /// Takes note of a machine that was not made through the target's backend, as the child of a fork is, for faults that
+    /// its guest has to be asked for. Default: nothing.
+    fn meet(&self, _vm: &Arc<dyn VmInstance>) {}
 
     /// Counts how often each kind has happened.
     fn fired(&self) -> BTreeMap<FaultKind, u64>;

@@ -607,8 +607,7 @@ mod tests {
 
     #[test]
     fn timeouts_and_amounts_are_kept_and_shown() {
-        let mut timeouts = Timeouts::default();
-        timeouts.boot = Duration::from_secs(77);
+        let timeouts = Timeouts { boot: Duration::from_secs(77), ..Timeouts::default() };
         let built = VmConfig::builder().with_vcpus(3).with_timeouts(timeouts.clone());
         let config = built.build().unwrap();
         assert_eq!((config.vcpus, config.timeouts), (3, timeouts));

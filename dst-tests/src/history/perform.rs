@@ -142,6 +142,7 @@ impl<'a> Driver<'a> {
         let vm = self.machines.vm(vm);
         if !of_host {
             let Some(vm) = &vm else { return };
+            self.ctx.meet(vm);
             order = order.on(vm.id());
             let fits = match kind.scope() {
                 FaultScope::Running | FaultScope::Clock => vm.state() == VmState::Running,

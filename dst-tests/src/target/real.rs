@@ -213,6 +213,10 @@ impl FaultControl for RealFaults {
         Ok(())
     }
 
+    fn meet(&self, vm: &Arc<dyn VmInstance>) {
+        self.know(vm);
+    }
+
     fn fired(&self) -> BTreeMap<FaultKind, u64> {
         self.account.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }

@@ -13,7 +13,7 @@ use vm_core::{
     observe::{NoObserver, Observer, Occurrence},
     timeline::{Mark, TimelineLine},
 };
-use vm_trait::VmId;
+use vm_trait::{VmId, VmInstance};
 
 /// The record of one run, as far as one is wanted: whoever opens the backend takes its parts.
 #[derive(Clone)]
@@ -131,6 +131,10 @@ impl FaultControl for RecordedFaults {
         // Some happen at once.
         self.recorder.note_fired();
         Ok(())
+    }
+
+    fn meet(&self, vm: &Arc<dyn VmInstance>) {
+        self.inner.meet(vm);
     }
 
     fn fired(&self) -> BTreeMap<FaultKind, u64> {
