@@ -441,12 +441,23 @@ async fn io_error(ctx: &Context) -> Verdict {
     let bytes = some(ctx);
     vm.write(&shared.inside("file"), bytes.clone()).await?;
     let ordered = order(ctx, FaultOrder::next(FaultKind::MountIo).on(vm.id()))?;
-    if ctx.one_in(2) {
-        let output = vm.sh(&format!("cat {} > /dev/null", shared.inside("file"))).await?;
-        ensure!(!output.status.success(), "a program read in spite of the host's error");
-    } else {
-        let outcome = vm.read_file(&shared.inside("file")).await;
-        ensure_err!(outcome, VmErrorKind::GuestFile { .. }, "a read with an error of the host");
+    match ctx.draw(0, 2) {
+        0 => {
+            let output = vm.sh(&format!("cat {} > /dev/null", shared.inside("file"))).await?;
+            ensure!(!output.status.success(), "a program read in spite of the host's error");
+        }
+        1 => {
+            let outcome = vm.read_file(&shared.inside("file")).await;
+            ensure_err!(outcome, VmErrorKind::GuestFile { .. }, "a read with an error of the host");
+        }
+        _ => {
+            let outcome = vm.write(&shared.inside("file"), "new").await;
+            ensure_err!(
+                outcome,
+                VmErrorKind::GuestFile { .. },
+                "a write with an error of the host"
+            );
+        }
     }
     ordered.must_have_fired(ctx)?;
     ensure!(
