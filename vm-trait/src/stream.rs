@@ -153,6 +153,7 @@ mod tests {
         while let [first, rest @ ..] = pieces {
             let slices = [io::IoSlice::new(first)];
             let written = stream.write_vectored(&slices).await.unwrap();
+            assert!(written > 0);
             stream.write_all(&first[written..]).await.unwrap();
             pieces = rest;
         }
