@@ -1,7 +1,7 @@
 //! Operations at the same time.
 
 use super::probe::{
-    LONG, Nonce, SOON, Stage, Vm, millis, script, spawn_sh, truthful, until, until_settled, works,
+    LONG, Nonce, SOON, Stage, Vm, begun, millis, script, spawn_sh, truthful, until_settled, works,
 };
 use crate::{
     clause,
@@ -10,13 +10,7 @@ use crate::{
     ensure, ensure_eq, ensure_err,
 };
 use futures_util::future::{join, join_all};
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 use vm_trait::{
     Capability, Operation, SnapshotOptions, StopOptions, VmErrorKind, VmInstanceExt, VmResult,
     VmState,
@@ -126,35 +120,29 @@ async fn long_exec_blocks_nothing(ctx: &Context) -> Verdict {
 
 /// Has different operations under way that do not end by themselves, each of which has begun.
 async fn under_way(ctx: &Context, vm: &Vm, count: u64) -> Result<Vec<Task<VmResult<()>>>, Broken> {
-    let begun = Arc::new(AtomicU64::new(0));
-    let tasks = (0..count)
-        .map(|_| {
-            let (vm, begun) = (Arc::clone(vm), Arc::clone(&begun));
-            let kind = ctx.draw(0, 3);
-            ctx.spawn(async move {
-                begun.fetch_add(1, Ordering::SeqCst);
-                match kind {
-                    0 => vm.sh("sleep 1000").await.map(drop),
-                    1 => spawn_sh(&vm, "sleep 1000").await?.wait().await.map(drop),
-                    2 => {
-                        let process = spawn_sh(&vm, "sleep 1000").await?;
-                        process.read_stdout().await.map(drop)
-                    }
-                    _ => {
-                        let request = script("sleep 1000").open_stdin();
-                        let process = vm.spawn(request).await?;
-                        // More than any buffer between here and a program that does not read.
-                        loop {
-                            process.write_stdin(vec![0; 1 << 16]).await?;
-                        }
+    let operations = (0..count).map(|_| {
+        let vm = Arc::clone(vm);
+        let kind = ctx.draw(0, 3);
+        async move {
+            match kind {
+                0 => vm.sh("sleep 1000").await.map(drop),
+                1 => spawn_sh(&vm, "sleep 1000").await?.wait().await.map(drop),
+                2 => {
+                    let process = spawn_sh(&vm, "sleep 1000").await?;
+                    process.read_stdout().await.map(drop)
+                }
+                _ => {
+                    let request = script("sleep 1000").open_stdin();
+                    let process = vm.spawn(request).await?;
+                    // More than any buffer between here and a program that does not read.
+                    loop {
+                        process.write_stdin(vec![0; 1 << 16]).await?;
                     }
                 }
-            })
-        })
-        .collect();
-    // On a busy host a task may wait for its first turn longer than anything here.
-    until(ctx, "every task has begun", || begun.load(Ordering::SeqCst) == count).await?;
-    Ok(tasks)
+            }
+        }
+    });
+    begun(ctx, operations).await
 }
 
 async fn stop_interrupts(ctx: &Context) -> Verdict {

@@ -1,7 +1,7 @@
 //! Ends that nobody asked for, and waiting for the end.
 
 use super::probe::{
-    LONG, SOON, Stage, Vm, crash, millis, order, script, spawn_sh, truthful, until_settled,
+    LONG, SOON, Stage, Vm, begun, crash, millis, order, script, spawn_sh, truthful, until_settled,
     until_state, works,
 };
 use crate::{
@@ -167,18 +167,17 @@ async fn vmm_death_any_time(ctx: &Context) -> Verdict {
 /// Has several operations under way when a fault strikes, and gives what came of them.
 async fn under_way(ctx: &Context, vm: &Vm, kind: FaultKind) -> Result<Vec<VmResult<()>>, Broken> {
     let count = ctx.draw(1, 6);
-    let tasks: Vec<_> = (0..count)
-        .map(|n| {
-            let vm = Arc::clone(vm);
-            ctx.spawn(async move {
-                if n % 2 == 0 {
-                    vm.sh("sleep 1000").await.map(drop)
-                } else {
-                    spawn_sh(&vm, "sleep 1000").await?.wait().await.map(drop)
-                }
-            })
-        })
-        .collect();
+    let operations = (0..count).map(|n| {
+        let vm = Arc::clone(vm);
+        async move {
+            if n % 2 == 0 {
+                vm.sh("sleep 1000").await.map(drop)
+            } else {
+                spawn_sh(&vm, "sleep 1000").await?.wait().await.map(drop)
+            }
+        }
+    });
+    let tasks = begun(ctx, operations).await?;
     ctx.sleep(millis(ctx, 50, 150)).await;
     let ordered = order(ctx, FaultOrder::next(kind).on(vm.id()))?;
     let joined = join_all(tasks.into_iter().map(Task::join));

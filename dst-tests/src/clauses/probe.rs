@@ -2,7 +2,7 @@
 
 use crate::{
     clause::{Broken, Verdict},
-    context::Context,
+    context::{Context, Task},
     ensure, ensure_eq, ensure_err,
 };
 use bytes::Bytes;
@@ -10,7 +10,10 @@ use std::{
     future::{Future, poll_fn},
     path::PathBuf,
     pin::pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     task::Poll,
     time::Duration,
 };
@@ -70,6 +73,25 @@ pub(super) async fn until_state(ctx: &Context, vm: &Vm, state: VmState) -> Verdi
 pub(super) async fn until_settled(ctx: &Context, vm: &Vm) -> Verdict {
     let lasting = || !matches!(vm.state(), VmState::Starting | VmState::Stopping);
     until(ctx, "neither Starting nor Stopping", lasting).await
+}
+
+/// Spawns each of `works`, and waits until all have begun: on a busy host a task may wait for its first turn longer than
+/// anything that is to meet it.
+pub(super) async fn begun<T: Send + 'static>(
+    ctx: &Context,
+    works: impl IntoIterator<Item = impl Future<Output = T> + Send + 'static>,
+) -> Result<Vec<Task<T>>, Broken> {
+    let begun = Arc::new(AtomicUsize::new(0));
+    let spawned = works.into_iter().map(|work| {
+        let begun = Arc::clone(&begun);
+        ctx.spawn(async move {
+            begun.fetch_add(1, Ordering::SeqCst);
+            work.await
+        })
+    });
+    let tasks: Vec<_> = spawned.collect();
+    until(ctx, "every task has begun", || begun.load(Ordering::SeqCst) == tasks.len()).await?;
+    Ok(tasks)
 }
 
 /// Makes a machine of a changed default configuration, in Created.
