@@ -58,7 +58,8 @@ fn a_lie_is_found_and_shrinks_to_a_program_that_shows_it() {
 #[test]
 fn a_saved_script_fails_again_and_is_a_difference_between_backends() {
     let path = || "~/a".to_owned();
-    let write = |text: &str| Act::Write { path: path(), text: text.to_owned(), times: 1 };
+    let write =
+        |text: &str| Act::Write { path: path(), text: text.to_owned(), times: 1, mode: None };
     let acts = [
         Act::Create,
         Act::Start,

@@ -1,22 +1,27 @@
 //! The operations of scripts, on real handles.
 
 use super::{
+    ears::Ear,
     perform::nothing,
     record::{Outcome, Seen, code, state_name},
     script::{Act, Call, HOME, Program},
 };
 use crate::context::Context;
 use bytes::Bytes;
+use futures_util::future::{Either, select};
 use std::{
     collections::{BTreeMap, BTreeSet},
+    io,
+    pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use vm_core::env::timeout;
 use vm_trait::{
-    CreateDirOptions, ExecRequest, ExecStatus, FileKind, ForkOptions, GuestProcess, OutputOffsets,
-    ProcessId, RemoveOptions, RestoreOptions, Signal, Snapshot, SnapshotOptions, StopOptions,
-    VmConfig, VmExit, VmInstance, VmResult, WriteOptions, config::Timeouts,
+    CreateDirOptions, ExecOutput, ExecRequest, ExecStatus, FileKind, ForkOptions, GuestProcess,
+    OutputOffsets, ProcessId, RemoveOptions, RestoreOptions, Signal, Snapshot, SnapshotOptions,
+    StopOptions, VmConfig, VmExit, VmInstance, VmResult, WriteOptions, config::Timeouts,
 };
 
 type Vm = Arc<dyn VmInstance>;
@@ -35,6 +40,8 @@ pub(super) struct Machines {
 #[derive(Default)]
 struct Held {
     vms: BTreeMap<u8, Vm>,
+    /// What the machines tell of themselves.
+    ears: BTreeMap<u8, Ear>,
     /// The ids of the programs that scripts have names for, by machine.
     ids: BTreeMap<u8, Ids>,
     snapshots: BTreeMap<u8, (Snapshot, Ids)>,
@@ -85,6 +92,14 @@ impl Machines {
         held.vms.iter().map(|(name, vm)| (*name, state_name(&vm.state()).to_owned())).collect()
     }
 
+    /// Says what is wrong with what machines have told of themselves so far.
+    pub(super) fn misheard(&self) -> Option<String> {
+        let held = &mut *self.held();
+        let heard = held.vms.iter().zip(held.ears.values_mut());
+        let wrong = heard.map(|((name, vm), ear)| Some((name, ear.listen(&vm.state()).err()?)));
+        wrong.flatten().map(|(name, wrong)| format!("vm{name} {wrong}")).next()
+    }
+
     /// Kills machines and deletes snapshots; what is left then is for the run to find.
     pub(super) async fn remove_all(&self, ctx: &Context) {
         let held = std::mem::take(&mut *self.held());
@@ -128,7 +143,7 @@ impl Machines {
             Act::Forget => {
                 let mut held = self.held();
                 held.ids.remove(&name);
-                let last = held.vms.remove(&name);
+                let last = (held.vms.remove(&name), held.ears.remove(&name));
                 drop(held);
                 drop((last, vm));
                 Ok(Seen::Nothing)
@@ -218,11 +233,9 @@ impl Machines {
             Act::Read { path } => {
                 vm.read_file(&at(path)).await.map(|bytes| Seen::Text(text(&bytes)))
             }
-            Act::Write { path, text, times } => {
-                let contents = text.repeat(usize::try_from(*times).unwrap_or(0));
-                vm.write_file(&at(path), contents.into(), WriteOptions::default())
-                    .await
-                    .map(nothing)
+            Act::Write { path, text, times, mode } => {
+                let options = WriteOptions { mode: mode.map(u32::from) };
+                vm.write_file(&at(path), repeated(text, *times), options).await.map(nothing)
             }
             Act::Stat { path } => {
                 let stat = vm.stat(&at(path)).await?;
@@ -236,8 +249,9 @@ impl Machines {
                     |entry: vm_trait::DirEntry| (entry.name, kind_name(entry.kind).to_owned());
                 Ok(Seen::Names(entries.into_iter().map(name).collect()))
             }
-            Act::MakeDir { path, recursive } => {
-                let options = CreateDirOptions { recursive: *recursive, mode: None };
+            Act::MakeDir { path, recursive, mode } => {
+                let mode = mode.map(u32::from);
+                let options = CreateDirOptions { recursive: *recursive, mode };
                 vm.create_dir(&at(path), options).await.map(nothing)
             }
             Act::Remove { path, recursive } => {
@@ -246,6 +260,9 @@ impl Machines {
             Act::Rename { from, to } => vm.rename(&at(from), &at(to)).await.map(nothing),
             Act::Connect { port } => vm.connect(*port).await.map(nothing),
             Act::Listen { port } => vm.listen(*port).await.map(nothing),
+            Act::Exchange { port, text, times } => {
+                self.exchange(ctx, vm, *port, repeated(text, *times)).await
+            }
             _ => {
                 let request = ExecRequest::new("head").args(["-c", "16", "/dev/urandom"]);
                 let drawn = vm.exec(request.timeout(self.program())).await?;
@@ -276,6 +293,13 @@ impl Machines {
             Program::Exit(code) => sh(format!("exit {code}")),
             Program::KillItself(signal) => sh(format!("kill -{signal} $$")),
             Program::Cat(path) => ExecRequest::new("cat").arg(located(ctx, vm, path)),
+            Program::CatIn { dir, name } => {
+                ExecRequest::new("cat").arg(name).cwd(located(ctx, vm, dir))
+            }
+            Program::Mirror { text, times } => {
+                ExecRequest::new("cat").stdin(repeated(text, *times))
+            }
+            Program::Say(word) => sh(r#"echo "$WORD""#.to_owned()).env("WORD", word),
             Program::Sleep(ms) => {
                 ExecRequest::new("sleep").arg(format!("{}.{:03}", ms / 1000, ms % 1000))
             }
@@ -294,12 +318,37 @@ impl Machines {
             let gone = async { vm.wait().await };
             let _ = timeout(&**ctx.env(), limit, gone).await;
         }
-        let output = output?;
-        Ok(Seen::Ran {
-            status: status(output.status),
-            stdout: text(&output.stdout),
-            dropped: output.stdout_dropped,
-        })
+        Ok(ran(&output?))
+    }
+
+    /// Takes the stream of a program that sends `bytes` and prints what comes back, and sends back what came.
+    async fn exchange(&self, ctx: &Context, vm: &Vm, port: u32, bytes: Bytes) -> VmResult<Seen> {
+        let mut listener = vm.listen(port).await?;
+        let request = ExecRequest::new("vsock").args(["connect", &port.to_string()]);
+        let request = request.stdin(bytes.clone()).timeout(self.program());
+        let mut host = pin!(async {
+            let mut stream = listener.accept().await.map_err(io::Error::other)?;
+            let mut came = Vec::new();
+            stream.read_to_end(&mut came).await?;
+            stream.write_all(&came).await?;
+            stream.shutdown().await?;
+            io::Result::Ok(came)
+        });
+        let (output, came) = match select(pin!(vm.exec(request)), host.as_mut()).await {
+            Either::Left((output, _)) => {
+                let output = output?;
+                (output, timeout(&**ctx.env(), self.program(), host).await.ok())
+            }
+            Either::Right((came, exec)) => (exec.await?, Some(came)),
+        };
+        match came {
+            Some(Ok(came)) if came == bytes => Ok(ran(&output)),
+            Some(Ok(came)) => {
+                Ok(Seen::Text(format!("{} of {} bytes came", came.len(), bytes.len())))
+            }
+            Some(Err(_)) => Ok(Seen::Text("the stream broke".to_owned())),
+            None => Ok(Seen::Text("the stream did not end".to_owned())),
+        }
     }
 
     async fn on_processes(&self, vm: (u8, &Vm), act: &Act, stamp: u32) -> VmResult<Seen> {
@@ -321,9 +370,9 @@ impl Machines {
                 let process = vm.attach_process(id(process), OutputOffsets::default()).await?;
                 ask(process, stamp).await
             }
-            Act::Reap { process } => {
+            Act::Reap { process, signal } => {
                 let process = vm.attach_process(id(process), OutputOffsets::default()).await?;
-                process.signal(Signal::KILL).await?;
+                process.signal(Signal(*signal)).await?;
                 Ok(Seen::Text(status(process.wait().await?)))
             }
             _ => {
@@ -395,7 +444,8 @@ impl Machines {
     fn put(&self, name: u8, vm: Vm, ids: Ids) {
         let mut held = self.held();
         held.ids.insert(name, ids);
-        let before = held.vms.insert(name, vm);
+        let ear = Ear::new(&*vm);
+        let before = (held.ears.insert(name, ear), held.vms.insert(name, vm));
         drop(held);
         drop(before);
     }
@@ -471,6 +521,15 @@ fn status(status: ExecStatus) -> String {
         ExecStatus::Signaled(signal) => format!("killed by {signal}"),
         ExecStatus::TimedOut => "timed out".to_owned(),
     }
+}
+
+fn ran(output: &ExecOutput) -> Seen {
+    let stdout = text(&output.stdout);
+    Seen::Ran { status: status(output.status), stdout, dropped: output.stdout_dropped }
+}
+
+fn repeated(text: &str, times: u32) -> Bytes {
+    text.repeat(usize::try_from(times).unwrap_or(0)).into()
 }
 
 fn text(bytes: &Bytes) -> String {

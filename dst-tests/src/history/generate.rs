@@ -278,22 +278,36 @@ fn own_path() -> BoxedStrategy<String> {
     path().prop_map(|path| if path.starts_with("/no") { format!("{HOME}/a") } else { path }).boxed()
 }
 
+/// A directory that may be there.
+fn directory() -> impl Strategy<Value = String> {
+    prop::sample::select(vec!["", "/d", "/d/e", "/a"]).prop_map(|rest| format!("{HOME}{rest}"))
+}
+
+fn mode() -> BoxedStrategy<Option<u16>> {
+    prop_oneof![3 => Just(None), 1 => prop::sample::select(vec![0o600, 0o755, 0o4710]).prop_map(Some)]
+        .boxed()
+}
+
 /// Operations that change at most one name or file, and so take effect at one instant.
 fn small(profile: &Profile) -> BoxedStrategy<Act> {
     let text = prop::sample::select(vec!["", "x", "line\n", "\u{1f980}'\"$"]);
     let times = prop_oneof![6 => 0_u32..20, 1 => 4000_u32..20_000];
-    let write = (path(), text, times).prop_map(|(path, text, times)| Act::Write {
-        path,
-        text: text.to_owned(),
-        times,
-    });
+    let write =
+        (path(), text.clone(), times.clone(), mode()).prop_map(|(path, text, times, mode)| {
+            Act::Write { path, text: text.to_owned(), times, mode }
+        });
     let rename = (path(), path()).prop_map(|(from, to)| Act::Rename { from, to });
     let mut all = vec![
         (16, write.boxed()),
         (14, path().prop_map(|path| Act::Read { path }).boxed()),
         (5, path().prop_map(|path| Act::Stat { path }).boxed()),
         (6, path().prop_map(|path| Act::List { path }).boxed()),
-        (8, own_path().prop_map(|path| Act::MakeDir { path, recursive: false }).boxed()),
+        (
+            8,
+            (own_path(), mode())
+                .prop_map(|(path, mode)| Act::MakeDir { path, recursive: false, mode })
+                .boxed(),
+        ),
         (5, path().prop_map(|path| Act::Remove { path, recursive: false }).boxed()),
         (6, rename.boxed()),
         (12, exec()),
@@ -304,7 +318,13 @@ fn small(profile: &Profile) -> BoxedStrategy<Act> {
         let port = || prop::sample::select(vec![5000_u32, 6000, 0, 1024, u32::MAX]);
         all.push((2, port().prop_map(|port| Act::Connect { port }).boxed()));
         let port = prop::sample::select(vec![7000_u32, 7001, 0, u32::MAX]);
-        all.push((1, port.prop_map(|port| Act::Listen { port }).boxed()));
+        all.push((1, port.clone().prop_map(|port| Act::Listen { port }).boxed()));
+        let exchange = (port, text, times).prop_map(|(port, text, times)| Act::Exchange {
+            port,
+            text: text.to_owned(),
+            times,
+        });
+        all.push((2, exchange.boxed()));
     }
     Union::new_weighted(all).boxed()
 }
@@ -312,7 +332,8 @@ fn small(profile: &Profile) -> BoxedStrategy<Act> {
 /// Operations on many names, which others may see half-way.
 fn whole_trees() -> BoxedStrategy<Act> {
     prop_oneof![
-        3 => own_path().prop_map(|path| Act::MakeDir { path, recursive: true }),
+        3 => (own_path(), mode())
+            .prop_map(|(path, mode)| Act::MakeDir { path, recursive: true, mode }),
         2 => own_path().prop_map(|path| Act::Remove { path, recursive: true }),
     ]
     .boxed()
@@ -338,6 +359,12 @@ fn exec() -> BoxedStrategy<Act> {
         4 => own_path().prop_filter("no word of a command line has a NUL", |path| !path.contains('\0'))
             .prop_map(|path| if path.starts_with(HOME) { path } else { format!("{HOME}/a") })
             .prop_map(Program::Cat),
+        1 => (directory(), prop::sample::select(vec!["a", "e", "f"]))
+            .prop_map(|(dir, name)| Program::CatIn { dir, name: name.to_owned() }),
+        2 => (prop::sample::select(vec!["", "y", "\u{4e2d}\n"]), prop_oneof![0_u32..20, 4000_u32..30_000])
+            .prop_map(|(text, times)| Program::Mirror { text: text.to_owned(), times }),
+        1 => prop::sample::select(vec!["", " two  words ", "$HOME=\u{e9}"])
+            .prop_map(|word| Program::Say(word.to_owned())),
         1 => Just(Program::Missing),
         1 => Just(Program::NoName),
     ];
@@ -362,7 +389,8 @@ fn on_processes() -> BoxedStrategy<Act> {
     prop_oneof![
         4 => (0..PROCESSES, 0_u32..1000).prop_map(|(process, nonce)| Act::Spawn { process, nonce }),
         6 => (0..PROCESSES).prop_map(|process| Act::Ask { process }),
-        1 => (0..PROCESSES).prop_map(|process| Act::Reap { process }),
+        1 => (0..PROCESSES, prop::sample::select(vec![9_u8, 15, 1, 10]))
+            .prop_map(|(process, signal)| Act::Reap { process, signal }),
         2 => Just(Act::Processes),
     ]
     .boxed()
@@ -536,6 +564,6 @@ mod tests {
         let expected: BTreeSet<_> =
             FaultKind::ALL.iter().copied().filter(|kind| may_happen(*kind)).collect();
         assert_eq!(kinds, expected);
-        assert_eq!(acts.len(), 35, "{acts:?}");
+        assert_eq!(acts.len(), 36, "{acts:?}");
     }
 }

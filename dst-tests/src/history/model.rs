@@ -227,6 +227,7 @@ impl Checker {
                 let runs = matches!(
                     act,
                     Act::Exec { .. }
+                        | Act::Exchange { .. }
                         | Act::Random
                         | Act::Ask { .. }
                         | Act::Reap { .. }
@@ -303,8 +304,10 @@ impl Beside<'_> {
     }
 
     fn listens(&self, vm: u8) -> bool {
-        let listening =
-            |made: &&&CallRecord| made.call.vm == vm && matches!(made.call.act, Act::Listen { .. });
+        let listening = |made: &&&CallRecord| {
+            let listens = matches!(made.call.act, Act::Listen { .. } | Act::Exchange { .. });
+            made.call.vm == vm && listens
+        };
         self.all.iter().filter(listening).count() > 1
     }
 }

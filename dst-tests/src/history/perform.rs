@@ -35,6 +35,9 @@ pub async fn perform(ctx: &Context, assignment: &Assignment) -> Result<(), Viola
     for (index, step) in assignment.script.steps.iter().enumerate() {
         let seen = driver.step(step).await;
         end = checker.absorb(index, step, &seen);
+        if let (Ok(()), Some(text)) = (&end, driver.machines.misheard()) {
+            end = Err(Violation { step: index, sort: "events".to_owned(), text });
+        }
         let mut progress = assignment.progress();
         progress.record.steps.push(seen);
         if checker.has_given_up() && progress.unchecked_from.is_none() {

@@ -101,21 +101,26 @@ fn write_act(f: &mut fmt::Formatter<'_>, vm: u8, act: &Act) -> fmt::Result {
         }
         Act::Spawn { process, nonce } => write!(f, "p{process} = vm{vm}.spawn(keeper of {nonce})"),
         Act::Ask { process } => write!(f, "vm{vm}.attach(p{process}).ask()"),
-        Act::Reap { process } => write!(f, "vm{vm}.attach(p{process}).kill_and_wait()"),
+        Act::Reap { process, signal } => {
+            write!(f, "vm{vm}.attach(p{process}).signal({signal}).wait()")
+        }
         Act::Processes => write!(f, "vm{vm}.processes()"),
         Act::Read { path } => write!(f, "vm{vm}.read_file({path:?})"),
-        Act::Write { path, text, times } => {
-            write!(f, "vm{vm}.write_file({path:?}, {text:?} × {times})")
+        Act::Write { path, text, times, mode } => {
+            write!(f, "vm{vm}.write_file({path:?}, {text:?} × {times}{})", bits(*mode))
         }
         Act::Stat { path } => write!(f, "vm{vm}.stat({path:?})"),
         Act::List { path } => write!(f, "vm{vm}.list_dir({path:?})"),
-        Act::MakeDir { path, recursive } => {
-            write!(f, "vm{vm}.create_dir({path:?}{})", all(*recursive))
+        Act::MakeDir { path, recursive, mode } => {
+            write!(f, "vm{vm}.create_dir({path:?}{}{})", all(*recursive), bits(*mode))
         }
         Act::Remove { path, recursive } => write!(f, "vm{vm}.remove({path:?}{})", all(*recursive)),
         Act::Rename { from, to } => write!(f, "vm{vm}.rename({from:?}, {to:?})"),
         Act::Connect { port } => write!(f, "vm{vm}.connect({port})"),
         Act::Listen { port } => write!(f, "vm{vm}.listen({port})"),
+        Act::Exchange { port, text, times } => {
+            write!(f, "vm{vm}.listen({port}).exchange({text:?} × {times})")
+        }
         Act::Inspect => write!(f, "vm{vm}.inspect()"),
         Act::Metrics => write!(f, "vm{vm}.metrics()"),
         Act::Random => write!(f, "vm{vm}.exec(random bytes)"),
@@ -144,6 +149,10 @@ fn all(recursive: bool) -> &'static str {
     if recursive { ", recursive" } else { "" }
 }
 
+fn bits(mode: Option<u16>) -> String {
+    mode.map(|mode| format!(", mode {mode:o}")).unwrap_or_default()
+}
+
 fn stands(resume: bool) -> &'static str {
     if resume { "running" } else { "paused" }
 }
@@ -155,6 +164,9 @@ impl fmt::Display for Program {
             Self::Exit(code) => write!(f, "exit {code}"),
             Self::KillItself(signal) => write!(f, "kill -{signal} $$"),
             Self::Cat(path) => write!(f, "cat {path:?}"),
+            Self::CatIn { dir, name } => write!(f, "cat {name:?} in {dir:?}"),
+            Self::Mirror { text, times } => write!(f, "cat with input {text:?} × {times}"),
+            Self::Say(word) => write!(f, "echo $WORD with WORD={word:?}"),
             Self::Sleep(ms) => write!(f, "sleep {ms} ms"),
             Self::Missing => f.write_str("a program that is not there"),
             Self::NoName => f.write_str("a program without a name"),

@@ -103,9 +103,11 @@ pub enum Act {
     Ask {
         process: u8,
     },
-    /// Kills it, and waits for its end.
+    /// Sends it a signal that it does not catch, and waits for its end.
     Reap {
         process: u8,
+        #[serde(default = "kill", skip_serializing_if = "is_kill")]
+        signal: u8,
     },
     Processes,
     Read {
@@ -116,6 +118,8 @@ pub enum Act {
         path: String,
         text: String,
         times: u32,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        mode: Option<u16>,
     },
     Stat {
         path: String,
@@ -126,6 +130,8 @@ pub enum Act {
     MakeDir {
         path: String,
         recursive: bool,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        mode: Option<u16>,
     },
     Remove {
         path: String,
@@ -140,6 +146,12 @@ pub enum Act {
     },
     Listen {
         port: u32,
+    },
+    /// Has a program in the guest send a text, several times over, to a listener of the host, which sends it back.
+    Exchange {
+        port: u32,
+        text: String,
+        times: u32,
     },
     Inspect,
     Metrics,
@@ -192,6 +204,18 @@ pub enum Program {
     Exit(u8),
     KillItself(u8),
     Cat(String),
+    /// Prints a file that is named from the directory that it runs in.
+    CatIn {
+        dir: String,
+        name: String,
+    },
+    /// Prints what it is given as input: a text, several times over.
+    Mirror {
+        text: String,
+        times: u32,
+    },
+    /// Prints a word of its environment.
+    Say(String),
     Sleep(u32),
     Missing,
     NoName,
@@ -276,9 +300,9 @@ impl Script {
         for step in &self.steps {
             within("calls at the same time", step.calls().len(), MOST_TOGETHER)?;
             for call in step.calls() {
-                if let Act::Write { text, times, .. } = &call.act {
-                    let bytes = text.len().saturating_mul(usize::try_from(*times).unwrap_or(0));
-                    within("bytes in a file", bytes, 8 << 20)?;
+                if let Some((what, text, times)) = call.act.text() {
+                    let bytes = text.len().saturating_mul(usize::try_from(times).unwrap_or(0));
+                    within(what, bytes, 8 << 20)?;
                 }
                 if let Act::Fork { into } = &call.act {
                     within("children of a fork", into.len(), MOST_TOGETHER)?;
@@ -346,8 +370,21 @@ impl Act {
                 | Self::Rename { .. }
                 | Self::Connect { .. }
                 | Self::Listen { .. }
+                | Self::Exchange { .. }
                 | Self::Random
         )
+    }
+
+    /// Gives the text that it sends, how often, and what it becomes.
+    fn text(&self) -> Option<(&'static str, &str, u32)> {
+        match self {
+            Self::Write { text, times, .. } => Some(("bytes in a file", text, *times)),
+            Self::Exchange { text, times, .. } => Some(("bytes in a stream", text, *times)),
+            Self::Exec { program: Program::Mirror { text, times }, .. } => {
+                Some(("bytes of input", text, *times))
+            }
+            _ => None,
+        }
     }
 
     /// Says whether it is about snapshots alone, and needs no machine.
@@ -358,6 +395,14 @@ impl Act {
             Self::Carry { .. } | Self::Spoil { .. } | Self::Merge { .. } | Self::Delete { .. }
         )
     }
+}
+
+fn kill() -> u8 {
+    9
+}
+
+fn is_kill(signal: &u8) -> bool {
+    *signal == kill()
 }
 
 fn is_zero(number: &u32) -> bool {
@@ -375,7 +420,10 @@ mod tests {
         let disturbance =
             Disturbance { kind: FaultKind::VmmKilled, vm: 0, skip: 0, amount_ms: Some(3) };
         let steps = vec![
-            Step::Do(Call::new(0, Act::Write { path, text: "x\n".to_owned(), times: 3 })),
+            Step::Do(Call::new(
+                0,
+                Act::Write { path, text: "x\n".to_owned(), times: 3, mode: Some(0o600) },
+            )),
             Step::Together(calls),
             Step::Fault(disturbance),
         ];

@@ -3,7 +3,7 @@
 //! A script is data, and any part of a script is a script, so shrinking needs neither the strategies that drew it nor the
 //! backend that failed: it tries smaller scripts, largest cuts first, and keeps those that fail in the same way.
 
-use super::script::{Act, Call, Script, Step};
+use super::script::{Act, Call, Program, Script, Step};
 use std::time::{Duration, Instant};
 
 /// What shrinking came to.
@@ -166,19 +166,35 @@ fn simpler_calls(call: &Call) -> Vec<Call> {
 fn simpler_acts(act: &Act) -> Vec<Act> {
     let mut simpler = Vec::new();
     match act {
-        Act::Write { path, text, times } => {
-            let with =
-                |text: &str, times| Act::Write { path: path.clone(), text: text.to_owned(), times };
-            if *times > 1 {
-                simpler.extend([with(text, 1), with(text, times / 2), with(text, times - 1)]);
+        Act::Write { path, text, times, mode } => {
+            let with = |text: String, times, mode| {
+                let path = path.clone();
+                Act::Write { path, text, times, mode }
+            };
+            if mode.is_some() {
+                simpler.push(with(text.clone(), *times, None));
             }
-            if text.len() > 1 {
-                simpler.push(with("x", *times));
-            }
+            let texts = simpler_texts(text, *times).into_iter();
+            simpler.extend(texts.map(|(text, times)| with(text, times, *mode)));
+        }
+        Act::Exchange { port, text, times } => {
+            let texts = simpler_texts(text, *times).into_iter();
+            simpler.extend(texts.map(|(text, times)| Act::Exchange { port: *port, text, times }));
         }
         Act::Exec { program, timeout_ms, output_limit } if output_limit.is_some() => {
             let (program, timeout_ms) = (program.clone(), *timeout_ms);
             simpler.push(Act::Exec { program, timeout_ms, output_limit: None });
+        }
+        Act::Exec { program: Program::Mirror { text, times }, timeout_ms, output_limit } => {
+            let texts = simpler_texts(text, *times).into_iter();
+            simpler.extend(texts.map(|(text, times)| Act::Exec {
+                program: Program::Mirror { text, times },
+                timeout_ms: *timeout_ms,
+                output_limit: *output_limit,
+            }));
+        }
+        Act::Reap { process, signal } if *signal != 9 => {
+            simpler.push(Act::Reap { process: *process, signal: 9 });
         }
         Act::Spawn { process, nonce } if *nonce > 0 => {
             simpler.push(Act::Spawn { process: *process, nonce: 0 });
@@ -208,14 +224,28 @@ fn simpler_acts(act: &Act) -> Vec<Act> {
                 Act::Fork { into }
             }));
         }
-        Act::MakeDir { path, recursive: true } => {
-            simpler.push(Act::MakeDir { path: path.clone(), recursive: false });
+        Act::MakeDir { path, recursive, mode } if *recursive || mode.is_some() => {
+            simpler.push(Act::MakeDir { path: path.clone(), recursive: false, mode: None });
+            simpler.push(Act::MakeDir { path: path.clone(), recursive: *recursive, mode: None });
+            simpler.retain(|simpler| simpler != act);
         }
         Act::Remove { path, recursive: true } => {
             simpler.push(Act::Remove { path: path.clone(), recursive: false });
         }
         Act::Spoil { from, at } if *at > 0 => simpler.push(Act::Spoil { from: *from, at: 0 }),
         _ => {}
+    }
+    simpler
+}
+
+/// Lists texts that are shorter than this one times over.
+fn simpler_texts(text: &str, times: u32) -> Vec<(String, u32)> {
+    let mut simpler = Vec::new();
+    if times > 1 {
+        simpler.extend([1, times / 2, times - 1].map(|times| (text.to_owned(), times)));
+    }
+    if text.len() > 1 {
+        simpler.push(("x".to_owned(), times));
     }
     simpler
 }

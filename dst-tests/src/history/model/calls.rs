@@ -239,6 +239,11 @@ impl World {
             Act::Connect { port } if matches!(*port, 0 | AGENT_PORT | u32::MAX) => {
                 same(invalid("port"))
             }
+            Act::Exchange { port, .. } if matches!(*port, 0 | u32::MAX) => same(invalid("port")),
+            Act::Exchange { text, times, .. } => {
+                let stdout = text.repeat(usize::try_from(*times).unwrap_or(0));
+                same(ok(Seen::Ran { status: "exited 0".to_owned(), stdout, dropped: 0 }))
+            }
             Act::Connect { .. } => same(Want::Is(Outcome::Failed("connect_refused".to_owned()))),
             Act::Listen { port } if matches!(*port, 0 | u32::MAX) => same(invalid("port")),
             Act::Random => same(text("new")),
@@ -284,14 +289,15 @@ impl World {
                 });
                 vec![(ok(Seen::Text(answer)), world)]
             }
-            Act::Reap { process } => {
+            Act::Reap { process, signal } => {
                 if !guest.keepers.contains_key(process) {
                     return nobody();
                 }
                 let world = self.changed(vm, |machine| {
                     machine.guest.keepers.remove(process);
                 });
-                vec![(ok(Seen::Text("killed by SIGKILL".to_owned())), world)]
+                let killed = format!("killed by {}", vm_trait::Signal(*signal));
+                vec![(ok(Seen::Text(killed)), world)]
             }
             _ => same(ok(Seen::Processes(guest.keepers.keys().copied().collect()))),
         };
@@ -331,9 +337,9 @@ fn refused(act: &Act) -> Option<Want> {
         Act::WaitReady { timeout_ms: 0 } => return Some(Want::Fails("invalid_config")),
         Act::Exec { program: Program::NoName, .. } => return Some(Want::Fails("invalid_config")),
         Act::Fork { into } if into.is_empty() => return Some(Want::Fails("invalid_config")),
-        Act::Connect { port: 0 | AGENT_PORT | u32::MAX } | Act::Listen { port: 0 | u32::MAX } => {
-            return Some(invalid("port"));
-        }
+        Act::Connect { port: 0 | AGENT_PORT | u32::MAX }
+        | Act::Listen { port: 0 | u32::MAX }
+        | Act::Exchange { port: 0 | u32::MAX, .. } => return Some(invalid("port")),
         Act::Read { path }
         | Act::Write { path, .. }
         | Act::Stat { path }
@@ -355,6 +361,7 @@ fn needed(act: &Act) -> &'static [Capability] {
         Act::Restore { .. } => &[Capability::RestoreInPlace],
         Act::Fork { .. } => &[Capability::Fork],
         Act::Connect { .. } | Act::Listen { .. } => &[Capability::Vsock],
+        Act::Exchange { .. } => &[Capability::Vsock, Capability::Exec],
         Act::Exec { .. }
         | Act::Spawn { .. }
         | Act::Ask { .. }
@@ -375,16 +382,19 @@ fn needed(act: &Act) -> &'static [Capability] {
 fn on_files(files: &mut super::files::Files, act: &Act) -> FileResult<Seen> {
     match act {
         Act::Read { path } => files.read(path).map(Seen::Text),
-        Act::Write { path, text, times } => files.write(path, text, *times).map(|()| Seen::Nothing),
+        Act::Write { path, text, times, mode } => {
+            files.write(path, text, *times, *mode).map(|()| Seen::Nothing)
+        }
         Act::Stat { path } => Ok(match files.stat(path)? {
-            Node::Directory => Seen::Stat("directory".to_owned(), 0, 0o755),
-            Node::File(text, times) => {
-                Seen::Stat("file".to_owned(), text.len() as u64 * u64::from(*times), 0o644)
+            Node::Directory(mode) => Seen::Stat("directory".to_owned(), 0, (*mode).into()),
+            Node::File { text, times, mode } => {
+                let size = text.len() as u64 * u64::from(*times);
+                Seen::Stat("file".to_owned(), size, (*mode).into())
             }
         }),
         Act::List { path } => files.list(path).map(Seen::Names),
-        Act::MakeDir { path, recursive } => {
-            files.make_dir(path, *recursive).map(|()| Seen::Nothing)
+        Act::MakeDir { path, recursive, mode } => {
+            files.make_dir(path, *recursive, *mode).map(|()| Seen::Nothing)
         }
         Act::Remove { path, recursive } => files.remove(path, *recursive).map(|()| Seen::Nothing),
         Act::Rename { from, to } => files.rename(from, to).map(|()| Seen::Nothing),
@@ -412,6 +422,17 @@ fn ran(guest: &Guest, program: &Program, timeout_ms: Option<u32>, limit: Option<
             Ok(text) => ends("exited 0".to_owned(), text),
             Err(_) => ends("exited 1".to_owned(), String::new()),
         },
+        Program::CatIn { dir, name } => match guest.files.stat(dir) {
+            Ok(Node::Directory(_)) => match guest.files.read(&format!("{dir}/{name}")) {
+                Ok(text) => ends("exited 0".to_owned(), text),
+                Err(_) => ends("exited 1".to_owned(), String::new()),
+            },
+            _ => Want::Is(Outcome::Failed("exec_failed:BadWorkingDirectory".to_owned())),
+        },
+        Program::Mirror { text, times } => {
+            ends("exited 0".to_owned(), text.repeat(usize::try_from(*times).unwrap_or(0)))
+        }
+        Program::Say(word) => ends("exited 0".to_owned(), format!("{word}\n")),
         Program::Sleep(ms) if timeout_ms.is_some_and(|limit| limit < *ms) => {
             ends("timed out".to_owned(), String::new())
         }

@@ -9,9 +9,10 @@ pub(super) struct Files(BTreeMap<String, Node>);
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Node {
-    Directory,
+    /// With its permission bits.
+    Directory(u16),
     /// A text, several times over.
-    File(String, u32),
+    File { text: String, times: u32, mode: u16 },
 }
 
 /// An error's name, as records have it.
@@ -25,14 +26,18 @@ const INVALID_PATH: &str = "InvalidPath";
 const EXISTS: &str = "AlreadyExists";
 const INVALID_ARGUMENT: &str = "Io { errno: 22 }";
 
+/// Permission bits where none are asked for.
+const FILE_MODE: u16 = 0o644;
+const DIRECTORY_MODE: u16 = 0o755;
+
 /// The longest name that a directory can hold, in bytes.
 const LONGEST_NAME: usize = 255;
 
 impl Files {
     pub(super) fn read(&self, path: &str) -> FileResult<String> {
         match self.find(path)? {
-            Node::File(text, times) => Ok(text.repeat(usize::try_from(*times).unwrap_or(0))),
-            Node::Directory => Err(IS_A_DIRECTORY),
+            Node::File { text, times, .. } => Ok(text.repeat(usize::try_from(*times).unwrap_or(0))),
+            Node::Directory(_) => Err(IS_A_DIRECTORY),
         }
     }
 
@@ -40,23 +45,35 @@ impl Files {
         self.find(path)
     }
 
-    pub(super) fn write(&mut self, path: &str, text: &str, times: u32) -> FileResult<()> {
+    pub(super) fn write(
+        &mut self,
+        path: &str,
+        text: &str,
+        times: u32,
+        mode: Option<u16>,
+    ) -> FileResult<()> {
         self.parent(path)?;
         fits(path)?;
-        if let Some(Node::Directory) = self.0.get(path) {
-            return Err(IS_A_DIRECTORY);
-        }
-        self.0.insert(path.to_owned(), Node::File(text.to_owned(), times));
+        let before = match self.0.get(path) {
+            Some(Node::Directory(_)) => return Err(IS_A_DIRECTORY),
+            Some(Node::File { mode, .. }) => Some(*mode),
+            None => None,
+        };
+        let mode = mode.or(before).unwrap_or(FILE_MODE);
+        self.0.insert(path.to_owned(), Node::File { text: text.to_owned(), times, mode });
         Ok(())
     }
 
     pub(super) fn list(&self, path: &str) -> FileResult<Vec<(String, String)>> {
         match self.find(path)? {
-            Node::File(..) => Err(NOT_A_DIRECTORY),
-            Node::Directory => {
+            Node::File { .. } => Err(NOT_A_DIRECTORY),
+            Node::Directory(_) => {
                 let inside = self.below(path).filter(|(rest, _)| !rest.contains('/'));
                 let named = inside.map(|(name, node)| {
-                    let kind = if *node == Node::Directory { "directory" } else { "file" };
+                    let kind = match node {
+                        Node::Directory(_) => "directory",
+                        Node::File { .. } => "file",
+                    };
                     (name.to_owned(), kind.to_owned())
                 });
                 Ok(named.collect())
@@ -64,7 +81,12 @@ impl Files {
         }
     }
 
-    pub(super) fn make_dir(&mut self, path: &str, recursive: bool) -> FileResult<()> {
+    pub(super) fn make_dir(
+        &mut self,
+        path: &str,
+        recursive: bool,
+        mode: Option<u16>,
+    ) -> FileResult<()> {
         if !recursive {
             self.parent(path)?;
         }
@@ -74,12 +96,17 @@ impl Files {
         for prefix in &prefixes {
             let is_it = prefix == path;
             match self.0.get(prefix) {
-                Some(Node::File(..)) => return Err(if is_it { EXISTS } else { NOT_A_DIRECTORY }),
-                Some(Node::Directory) if is_it && !recursive => return Err(EXISTS),
+                Some(Node::File { .. }) => {
+                    return Err(if is_it { EXISTS } else { NOT_A_DIRECTORY });
+                }
+                Some(Node::Directory(_)) if is_it && !recursive => return Err(EXISTS),
                 _ => {}
             }
         }
-        self.0.extend(prefixes.into_iter().map(|prefix| (prefix, Node::Directory)));
+        for prefix in prefixes {
+            let mode = mode.filter(|_| prefix == path).unwrap_or(DIRECTORY_MODE);
+            self.0.entry(prefix).or_insert(Node::Directory(mode));
+        }
         Ok(())
     }
 
@@ -107,9 +134,9 @@ impl Files {
         }
         match (&moved, self.0.get(to)) {
             _ if from == to => return Ok(()),
-            (Node::Directory, Some(Node::File(..))) => return Err(NOT_A_DIRECTORY),
-            (Node::File(..), Some(Node::Directory)) => return Err(IS_A_DIRECTORY),
-            (Node::Directory, Some(Node::Directory)) if self.below(to).next().is_some() => {
+            (Node::Directory(_), Some(Node::File { .. })) => return Err(NOT_A_DIRECTORY),
+            (Node::File { .. }, Some(Node::Directory(_))) => return Err(IS_A_DIRECTORY),
+            (Node::Directory(_), Some(Node::Directory(_))) if self.below(to).next().is_some() => {
                 return Err(NOT_EMPTY);
             }
             _ => {}
@@ -127,7 +154,7 @@ impl Files {
 
     fn find(&self, path: &str) -> FileResult<&Node> {
         if path == HOME {
-            return Ok(&Node::Directory);
+            return Ok(&Node::Directory(DIRECTORY_MODE));
         }
         self.parent(path)?;
         fits(path)?;
@@ -138,8 +165,8 @@ impl Files {
     fn parent(&self, path: &str) -> FileResult<()> {
         let Some((parent, _)) = path.rsplit_once('/') else { return Ok(()) };
         match self.find(parent)? {
-            Node::Directory => Ok(()),
-            Node::File(..) => Err(NOT_A_DIRECTORY),
+            Node::Directory(_) => Ok(()),
+            Node::File { .. } => Err(NOT_A_DIRECTORY),
         }
     }
 
@@ -178,14 +205,14 @@ mod tests {
     #[test]
     fn names_are_moved_removed_and_refused_as_in_a_file_system() {
         let mut files = Files::default();
-        assert_eq!(files.write("~/d/a", "x", 2), Err(NOT_FOUND));
-        assert_eq!(files.make_dir("~/d/e", false), Err(NOT_FOUND));
-        assert_eq!(files.make_dir("~/d/e", true), Ok(()));
-        assert_eq!(files.write("~/d/a", "x", 2), Ok(()));
+        assert_eq!(files.write("~/d/a", "x", 2, None), Err(NOT_FOUND));
+        assert_eq!(files.make_dir("~/d/e", false, None), Err(NOT_FOUND));
+        assert_eq!(files.make_dir("~/d/e", true, None), Ok(()));
+        assert_eq!(files.write("~/d/a", "x", 2, None), Ok(()));
         assert_eq!(files.read("~/d/a").as_deref(), Ok("xx"));
         assert_eq!(files.read("~/d"), Err(IS_A_DIRECTORY));
-        assert_eq!(files.make_dir("~/d/a/b", true), Err(NOT_A_DIRECTORY));
-        assert_eq!(files.make_dir("~/d/a", true), Err(EXISTS));
+        assert_eq!(files.make_dir("~/d/a/b", true, None), Err(NOT_A_DIRECTORY));
+        assert_eq!(files.make_dir("~/d/a", true, None), Err(EXISTS));
         assert_eq!(files.rename("~/d", "~/d/e/f"), Err(INVALID_ARGUMENT));
         assert_eq!(files.rename("~/d/a", "~/d"), Err(NOT_EMPTY));
         assert_eq!(files.rename("~/d/a", "~/d/e"), Err(IS_A_DIRECTORY));

@@ -248,7 +248,11 @@ impl World {
             .extend(regular.iter().filter(|(want, _)| want.is_success()).map(|(_, it)| it.clone()));
         let mut later = self.clone();
         if let Some(machine) = later.vms.get_mut(&vm) {
-            if matches!(act, Act::Exec { .. } | Act::Ask { .. } | Act::Reap { .. }) {
+            let runs = matches!(
+                act,
+                Act::Exec { .. } | Act::Exchange { .. } | Act::Ask { .. } | Act::Reap { .. }
+            );
+            if runs {
                 machine.guest.unsure = true;
             }
             machine.late.insert(Late::Act(act.clone()));
