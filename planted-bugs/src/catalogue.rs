@@ -100,6 +100,36 @@ bugs! {
             "A guest that powers off by itself makes the machine Crashed.",
     }
     Core {
+        IdsRepeat = "ids-repeat":
+            "Every machine has the same id.",
+        ConfigIsForgotten = "config-is-forgotten":
+            "A machine says that it has the default configuration.",
+        HostIsNotAsked = "host-is-not-asked":
+            "A configuration is not held to what the host can do, nor looked through.",
+        FilesAreNotLookedAt = "files-are-not-looked-at":
+            "The host's files that a configuration names are not looked at before the start.",
+        LargestIsRefused = "largest-is-refused":
+            "A machine as large as the host allows is refused.",
+        UnclaimedIsTaken = "unclaimed-is-taken":
+            "A configuration may ask for what the backend does not claim.",
+        StopTwiceFails = "stop-twice-fails":
+            "A stop or kill of a machine that has ended is refused.",
+        WaitMissesTheEnd = "wait-misses-the-end":
+            "A wait that begins after the end waits for the next one.",
+        WaitEndsInCreated = "wait-ends-in-created":
+            "A wait for a machine that was never started is over at once.",
+        ReadyTooEarly = "ready-too-early":
+            "A machine that is starting is taken for one that is ready.",
+        ReadinessHasNoLimit = "readiness-has-no-limit":
+            "A wait for a machine to be ready never gives up.",
+        CrashHasNoReason = "crash-has-no-reason":
+            "Every crash is told as a boot that failed.",
+        OneReaderAtATime = "one-reader-at-a-time":
+            "A new reader of events takes the place of the one before.",
+        EndedGuestIsAsked = "ended-guest-is-asked":
+            "Operations on programs and files are admitted in every state.",
+        InspectionOfAnother = "inspection-of-another":
+            "An inspection shows a machine without processors.",
         FailedReviveStaysStarting = "failed-revive-stays-starting":
             "After a restore that failed the state stays Starting for ever.",
         LateCancelIsMissed = "late-cancel-is-missed":
@@ -202,6 +232,8 @@ bugs! {
             "A request that no frame can hold is not refused.",
         ReconnectsAreNotCounted = "reconnects-are-not-counted":
             "Connections to the agent that were made anew are not counted.",
+        ReturnWithoutLoss = "return-without-loss":
+            "The return of the connection is told also where its loss was not, because the machine was stopping.",
         ReturnIsNotTold = "return-is-not-told":
             "Nobody is told that the connection to the agent is back.",
         FullDiskLooksLikeIo = "full-disk-looks-like-io":
@@ -332,6 +364,10 @@ bugs! {
             "An incremental snapshot misses the last page that changed.",
         ChildSharesDisk = "child-shares-disk":
             "A fork's child writes its disks to the host's files.",
+        EndedMachineIsKept = "ended-machine-is-kept":
+            "A machine that has ended keeps its place on the host.",
+        GuestPortIsShared = "guest-port-is-shared":
+            "A second listener on a port of the same machine takes the place of the first.",
         PortOutlivesMachine = "port-outlives-machine":
             "The mapped ports of a machine that has ended stay taken.",
         PortLeadsAstray = "port-leads-astray":

@@ -77,8 +77,19 @@ impl CoreBackend {
 
     fn check(&self, config: &VmConfig) -> Result<(), VmErrorKind> {
         let hypervisor = &self.parts.hypervisor;
-        config.validate_for(&hypervisor.limits())?;
-        config.validate_with(hypervisor.capabilities())?;
+        let mut limits = hypervisor.limits();
+        if planted(Bug::LargestIsRefused) {
+            limits.max_vcpus -= 1;
+        }
+        if !planted(Bug::HostIsNotAsked) {
+            config.validate_for(&limits)?;
+        }
+        if !planted(Bug::UnclaimedIsTaken) {
+            config.validate_with(hypervisor.capabilities())?;
+        }
+        if planted(Bug::FilesAreNotLookedAt) {
+            return Ok(());
+        }
         Ok(hypervisor.check(config)?)
     }
 

@@ -13,7 +13,7 @@ use vm_core::{
     env::timeout,
     fault::{FaultKind, FaultOrder},
 };
-use vm_trait::{Capability, EventStream, Operation, VmEvent, VmInstanceExt, VmState};
+use vm_trait::{Capability, EventStream, Operation, StopOptions, VmEvent, VmInstanceExt, VmState};
 
 /// The clauses on events.
 pub(super) const CLAUSES: &[Clause] = &[
@@ -28,6 +28,9 @@ pub(super) const CLAUSES: &[Clause] = &[
         "every program that was started is told with its id", [Exec], faults: []),
     clause!(lost_agent_is_told, "events.lost_agent_is_told",
         "the loss of the connection to the agent is told, and its return", [Exec], faults: [LinkDisconnect]),
+    clause!(no_return_without_loss, "events.no_return_without_loss",
+        "each return of the connection to the agent follows its loss, also while the machine stops",
+        [Exec], faults: [LinkStall]),
     clause!(slow_reader, "events.slow_reader_is_told",
         "a reader that is too slow is told how many events it missed, and gets the newest ones",
         [Exec], faults: [])
@@ -187,6 +190,33 @@ async fn lost_agent_is_told(ctx: &Context) -> Verdict {
         Err(Broken::new("the events ended"))
     };
     ctx.within(SOON, "the events of a connection lost and back", told).await?
+}
+
+async fn no_return_without_loss(ctx: &Context) -> Verdict {
+    let vm = ctx.running().await?;
+    let mut events = vm.events();
+    let ready = vm.spawn(script("trap '' TERM; echo ready; sleep 1000")).await?;
+    ensure!(ready.read_stdout().await?.is_some(), "the program ended");
+    let ordered = order(ctx, FaultOrder::next(FaultKind::LinkStall).on(vm.id()))?;
+    // Longer than it takes to notice that nothing comes, and to connect again.
+    let grace = millis(ctx, 0, 500) + vm.config().timeouts.link;
+    vm.stop(StopOptions::default().with_grace(grace)).await?;
+    ordered.must_have_fired(ctx)?;
+    let mut lost = false;
+    for event in told(ctx, &mut events).await {
+        match event {
+            VmEvent::AgentLost => {
+                ensure!(!lost, "a loss was told twice");
+                lost = true;
+            }
+            VmEvent::AgentBack => {
+                ensure!(lost, "a return was told, and no loss");
+                lost = false;
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 async fn slow_reader(ctx: &Context) -> Verdict {

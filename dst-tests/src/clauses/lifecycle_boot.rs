@@ -143,10 +143,14 @@ async fn wait_ready_resolves(ctx: &Context) -> Verdict {
         ctx.sleep(delay).await;
         vm.start().await
     };
-    let (ready, start) = join(vm.wait_ready(vm.config().timeouts.boot), start).await;
+    let ready = async {
+        let ready = vm.wait_ready(vm.config().timeouts.boot).await;
+        (ready, vm.state())
+    };
+    let ((ready, state), start) = join(ready, start).await;
     start?;
     ready?;
-    ensure_eq!(vm.state(), VmState::Running, "the state when wait_ready returns");
+    ensure_eq!(state, VmState::Running, "the state when wait_ready returns");
     vm.wait_ready(millis(ctx, 100, 200)).await?;
     Ok(())
 }

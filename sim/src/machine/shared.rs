@@ -32,6 +32,7 @@ use vm_core::{
     fault::FaultKind,
     machine::{MachineError, MachineExit, MachineSpec, MachineStatus},
 };
+use vm_planted_bugs::{Bug, planted};
 use vm_trait::VmId;
 
 /// A message takes this long from the host to the guest.
@@ -248,7 +249,10 @@ impl Shared {
             self.with_shares(guest, |guest| guest.os.let_go_of_shares());
         }
         state.guest = None;
-        state.place = None;
+        let place = state.place.take();
+        if planted(Bug::EndedMachineIsKept) {
+            std::mem::forget(place);
+        }
         state.lines.end();
         state.driver.timer = None;
         if let Some(waker) = state.driver.waker.take() {

@@ -343,8 +343,9 @@ impl Inner {
             state.reconnects += 1;
         }
         state.wake_up_waiters();
+        let lost = std::mem::take(&mut state.loss_is_told) || planted(Bug::ReturnWithoutLoss);
         drop(state);
-        if back && !planted(Bug::ReturnIsNotTold) {
+        if back && lost && !planted(Bug::ReturnIsNotTold) {
             self.tell_listener(true);
         }
     }
@@ -355,6 +356,7 @@ impl Inner {
         state.link = LinkState::Down;
         state.out.clear();
         let ended = state.dead.is_some() || state.shutting_down;
+        state.loss_is_told = !ended;
         drop(state);
         if !ended {
             self.tell_listener(false);

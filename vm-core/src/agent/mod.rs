@@ -71,6 +71,8 @@ struct ClientState {
     link: LinkState,
     /// Nothing but the request to power off is sent any more, and no stream is closed.
     shutting_down: bool,
+    /// Whether the listener was told that the link was lost, and not yet that it is back.
+    loss_is_told: bool,
     /// Why no request can be made any more.
     dead: Option<VmErrorKind>,
     link_waker: Option<Waker>,
@@ -111,6 +113,7 @@ impl AgentClient {
             out: BytesMut::new(),
             link: LinkState::Down,
             shutting_down: false,
+            loss_is_told: false,
             dead: None,
             link_waker: None,
             up_wakers: Vec::new(),

@@ -171,7 +171,14 @@ impl Actor {
 
     async fn serve(&mut self, command: Command) {
         let Command { work, mut reply } = command;
-        let admitted = self.core.lock().state.admits(work.operation());
+        let admitted = {
+            let state = &self.core.lock().state;
+            let twice = state.is_ended() && matches!(work, Work::Stop(_) | Work::Kill);
+            match planted(Bug::StopTwiceFails) && twice {
+                true => Err(VmErrorKind::InvalidState { state: state.clone() }),
+                false => state.admits(work.operation()),
+            }
+        };
         let done = |done: Result<(), VmErrorKind>| done.map(|()| Answer::Done);
         let answer = match (admitted, work) {
             (Err(kind), _) => Err(kind),

@@ -63,8 +63,8 @@ impl Core {
     pub(crate) fn create(parts: Arc<Parts>, config: Arc<VmConfig>) -> Arc<Self> {
         let live = parts.count();
         let core = Arc::new(Self {
-            id: VmId(parts.env.random_u64()),
-            config,
+            id: VmId(if planted(Bug::IdsRepeat) { 1 } else { parts.env.random_u64() }),
+            config: if planted(Bug::ConfigIsForgotten) { Arc::default() } else { config },
             parts,
             shared: Mutex::new(Shared {
                 state: VmState::Created,
@@ -165,7 +165,13 @@ impl Core {
                 _ => VmExit::Stopped,
             });
         }
-        shared.subscribers.publish(&VmEvent::State { from, to: next });
+        let told = match next {
+            VmState::Crashed(_) if planted(Bug::CrashHasNoReason) => {
+                VmState::Crashed(vm_trait::CrashReason::BootFailed)
+            }
+            next => next,
+        };
+        shared.subscribers.publish(&VmEvent::State { from, to: told });
         let woken = if planted(Bug::OneWaiterIsWoken) { 1 } else { usize::MAX };
         for waker in shared.state_wakers.drain(..).take(woken) {
             waker.wake();

@@ -32,7 +32,8 @@ struct Queue {
 impl Subscribers {
     pub(super) fn subscribe(&mut self) -> Subscription {
         let queue = Arc::new(Mutex::new(Queue::default()));
-        self.0.retain(|known| known.strong_count() > 0);
+        let only = planted(Bug::OneReaderAtATime);
+        self.0.retain(|known| known.strong_count() > 0 && !only);
         self.0.push(Arc::downgrade(&queue));
         Subscription(queue)
     }

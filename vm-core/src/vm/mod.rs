@@ -89,7 +89,9 @@ impl CoreVm {
     fn client(&self, operation: Operation, needs: Capability) -> Result<AgentClient, VmErrorKind> {
         self.core.require(needs)?;
         let shared = self.core.lock();
-        shared.state.admits(operation)?;
+        if !planted(Bug::EndedGuestIsAsked) {
+            shared.state.admits(operation)?;
+        }
         shared.client.clone().ok_or(VmErrorKind::Disconnected)
     }
 
@@ -152,7 +154,11 @@ impl VmInstance for CoreVm {
         let call = self.core.call(Operation::Wait, "");
         let before = {
             let shared = self.core.lock();
-            if shared.state.is_ended() { None } else { Some(shared.ends) }
+            if planted(Bug::WaitEndsInCreated) && shared.state == VmState::Created {
+                return VmExit::Stopped;
+            }
+            let over = shared.state.is_ended() && !planted(Bug::WaitMissesTheEnd);
+            if over { None } else { Some(shared.ends) }
         };
         let exit = self
             .core
@@ -170,7 +176,13 @@ impl VmInstance for CoreVm {
         if timeout.is_zero() {
             return call.end(Err(VmErrorKind::invalid("timeout", "must be above zero")));
         }
-        let ready = self.core.watch(|shared| (shared.state == VmState::Running).then_some(()));
+        let is_ready = |state: &VmState| {
+            let early = *state == VmState::Starting && planted(Bug::ReadyTooEarly);
+            *state == VmState::Running || early
+        };
+        let timeout =
+            if planted(Bug::ReadinessHasNoLimit) { Duration::from_secs(1 << 20) } else { timeout };
+        let ready = self.core.watch(|shared| is_ready(&shared.state).then_some(()));
         let ready = crate::env::timeout(&*self.core.parts.env, timeout, ready).await;
         call.end(ready.map_err(|elapsed| VmErrorKind::Timeout { after: elapsed.after }))
     }
@@ -348,7 +360,12 @@ impl VmInstance for CoreVm {
             Err(kind) => Err(kind),
         };
         call.end(answer.and_then(|answer| match answer {
-            Answer::Inspection(seen) => Ok(*seen),
+            Answer::Inspection(mut seen) => {
+                if planted(Bug::InspectionOfAnother) {
+                    seen.vcpus.clear();
+                }
+                Ok(*seen)
+            }
             _ => Err(mixed_up()),
         }))
     }
