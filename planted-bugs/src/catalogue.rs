@@ -332,6 +332,8 @@ bugs! {
             "An incremental snapshot misses the last page that changed.",
         ChildSharesDisk = "child-shares-disk":
             "A fork's child writes its disks to the host's files.",
+        SharedRootIsWritable = "shared-root-is-writable":
+            "A read-only root that is a directory of the host can be written to.",
         PortOutlivesMachine = "port-outlives-machine":
             "The mapped ports of a machine that has ended stay taken.",
         PortLeadsAstray = "port-leads-astray":
