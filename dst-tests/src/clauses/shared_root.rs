@@ -130,7 +130,7 @@ async fn writable(ctx: &Context) -> Verdict {
     let root = new_root(ctx).await?;
     let vm = started(ctx, rooted(&root, false)).await?;
     let whole = some(ctx);
-    vm.create_dir("/srv/data", CreateDirOptions::default().with_recursive(true)).await?;
+    vm.create_dir("/srv/data", CreateDirOptions { recursive: true, mode: None }).await?;
     vm.write("/srv/data/whole", whole.clone()).await?;
     root.holds(ctx, "srv/data/whole", &whole, "a file of the host's request").await?;
     let word = format!("word-{:x}", ctx.draw(0, u64::MAX));
@@ -240,8 +240,9 @@ async fn mounted_on(ctx: &Context) -> Verdict {
     vm.write("/home/file", bytes.clone()).await?;
     ensure!(root.get(ctx, "home/file").await.is_err(), "what was written to a disk is in the root");
     sh(&vm, "cd /mnt/.. && test -e bin/sh && cd /home/.. && test -e bin/sh").await?;
-    let linked = vm.sh("ln /mnt/file /etc/linked 2>/dev/null || mv /mnt/../etc /mnt/").await?;
-    ensure!(!linked.status.success(), "a link or a rename led from one directory to another");
+    let linked = vm.sh("ln /mnt/file /etc/linked 2>/dev/null").await?;
+    ensure!(!linked.status.success(), "a hard link leads from a mount to the root");
+    ensure!(vm.rename("/mnt/file", "/etc/moved").await.is_err(), "a file was renamed across");
     if !read_only {
         // The place was made in the directory.
         root.put(ctx, "srv/new/place/hidden", bytes.clone()).await?;
