@@ -44,14 +44,19 @@ pub enum RootSource {
     ///
     /// It is the host's, as a [mount](MountConfig) is: both see what the other writes, a copy of the machine shares it, any
     /// number of machines may have it at a time, nothing outside of it can be reached, and it stays when the machine
-    /// ends. What the host changes may be seen some seconds later, and programs that run must bear it.
+    /// ends. What the host changes may be seen some seconds later, and programs that run must bear it. What several machines
+    /// write at a time is theirs to keep apart.
     ///
     /// `/dev`, `/proc`, `/run`, `/sys` and `/tmp` are the guest's own, in its memory. They, and the places of disks and
     /// mounts, are directories of the host directory that are mounted on. Those that are missing are made in it; where
     /// `read_only` is set they must be there, or the configuration is refused at create. The five must not be symbolic
     /// links.
     ///
-    /// With `read_only` the host refuses writes, whatever the guest's kernel does.
+    /// With `read_only` the host refuses writes, whatever the guest's kernel does. Without, what the guest leaves there is
+    /// as little to be trusted as the guest: it chooses modes, setuid among them, and owners as far as the host's user who
+    /// runs the machine may give files away. Keep the directory where other users of the host cannot enter.
+    ///
+    /// The agent's tools `vsock` and `tcp` are not put into it.
     Shared(PathBuf),
 }
 
