@@ -150,7 +150,8 @@ impl SimOs {
     /// When a disk or a host directory cannot be mounted.
     pub fn new(config: OsConfig, programs: Arc<ProgramRegistry>) -> Result<Self, SetupError> {
         let mut os = Self::unmounted(&config, programs);
-        os.kernel.mount_all(&config)?;
+        let (disks, shares) = (config.disks, config.shares);
+        os.kernel.mount_all(&disks, &shares)?;
         Ok(os)
     }
 
@@ -166,9 +167,11 @@ impl SimOs {
         let mut os = Self::unmounted(&config, programs);
         let entered = os.kernel.vfs.enter_share();
         entered.map_err(|_| SetupError::Root { place: "/" })?;
-        os.give_share(0, root.dir, root.read_only, root.room);
-        let mounted = os.kernel.make_places().and_then(|()| os.kernel.mount_all(&config));
-        os.take_share(0, root.dir);
+        let (disks, shares) = (config.disks, config.shares);
+        let RootInHand { dir, read_only, room } = root;
+        os.give_share(0, dir, read_only, room);
+        let mounted = os.kernel.make_places().and_then(|()| os.kernel.mount_all(&disks, &shares));
+        os.take_share(0, dir);
         mounted.map(|()| os)
     }
 
@@ -373,19 +376,19 @@ impl Kernel {
     }
 
     /// Mounts disks and directories of the host, making the directories that they are mounted on.
-    fn mount_all(&mut self, config: &OsConfig) -> Result<(), SetupError> {
+    fn mount_all(&mut self, disks: &[DiskSetup], shares: &[ShareSetup]) -> Result<(), SetupError> {
         // A disk may be mounted on a directory of another one, which must be mounted first.
-        let mut order: Vec<_> = config.disks.iter().enumerate().collect();
+        let mut order: Vec<_> = disks.iter().enumerate().collect();
         order.sort_by_key(|(index, setup)| (setup.mount.matches('/').count(), *index));
-        let mut disks = BTreeMap::new();
+        let mut mounted = BTreeMap::new();
         for (index, setup) in order {
             let refused = |_| SetupError::Mount { disk: index, mount: setup.mount.clone() };
             let at = self.mount_point(&setup.mount).map_err(refused)?;
             self.vfs.mount(&setup.mount, at, Disk::new(setup)).map_err(refused)?;
-            disks.insert(index, at);
+            mounted.insert(index, at);
         }
-        self.vfs.set_disk_order(disks.into_values());
-        for (share, ShareSetup { mount }) in config.shares.iter().enumerate() {
+        self.vfs.set_disk_order(mounted.into_values());
+        for (share, ShareSetup { mount }) in shares.iter().enumerate() {
             let refused = |_| SetupError::Share { share, mount: mount.clone() };
             let at = self.mount_point(mount).map_err(refused)?;
             self.vfs.mount_share(mount, at).map_err(refused)?;

@@ -73,7 +73,7 @@ impl HostState {
             }
             let around = self.shares.keys().any(|share| share.starts_with(path));
             let clashes = |other: &&Path| other.starts_with(path) || path.starts_with(other);
-            if around || paths[..index].iter().any(|other| clashes(&other)) {
+            if around || paths[..index].iter().any(clashes) {
                 return Err(flaw(
                     "around or within another one; the simulator takes one of them only",
                 ));
