@@ -48,6 +48,7 @@ mod probe;
 mod process;
 mod process_attach;
 mod process_links;
+mod shared_root;
 mod snapshot;
 mod snapshot_faults;
 mod streams;
@@ -104,6 +105,7 @@ const GROUPS: &[&[Clause]] = &[
     boot_files::CLAUSES,
     limits::CLAUSES,
     mounts::CLAUSES,
+    shared_root::CLAUSES,
     network::CLAUSES,
     network_ports::CLAUSES,
     network_life::CLAUSES,

@@ -9,7 +9,7 @@ use crate::{
     template::Template,
 };
 use bytes::Bytes;
-use futures_util::FutureExt;
+use futures_util::{FutureExt, future::BoxFuture};
 use rand_chacha::{
     ChaCha8Rng,
     rand_core::{Rng, SeedableRng},
@@ -48,6 +48,8 @@ pub struct Setup {
     pub host_dir: PathBuf,
     /// The file system in which that directory is.
     pub host_fs: Arc<dyn HostFs>,
+    /// Fills a directory of that host, which is not there yet, with the root files of a guest.
+    pub guest_root: Arc<GuestRoot>,
     /// The loopback ports of that host.
     pub host_network: Arc<dyn HostNetwork>,
     /// Lists what is left on the host once every handle is dropped; empty where nothing is. It is asked again for a
@@ -61,6 +63,9 @@ pub struct Setup {
 
 /// Gives a directory of a guest.
 pub type Scratch = dyn Fn(&dyn VmInstance) -> String + Send + Sync;
+
+/// Makes a directory of the host that a guest can have as its root.
+pub type GuestRoot = dyn Fn(PathBuf) -> BoxFuture<'static, io::Result<()>> + Send + Sync;
 
 /// What a check has at hand: the backend, generated inputs, time and faults.
 pub struct Context {
@@ -181,6 +186,15 @@ impl Context {
     /// The file system's.
     pub async fn make_host_dir(&self, path: &Path) -> io::Result<()> {
         self.setup.host_fs.create_dir_all(path).await
+    }
+
+    /// Makes a directory of the host with the root files of a guest, a shell among them. It is no leftover where
+    /// [`host_path`](Self::host_path) named it.
+    ///
+    /// # Errors
+    /// The file system's, and where this host has no such files.
+    pub async fn make_guest_root(&self, path: &Path) -> io::Result<()> {
+        (self.setup.guest_root)(path.to_path_buf()).await
     }
 
     /// Reads a whole file of the host.

@@ -350,7 +350,10 @@ async fn no_mounts(ctx: &Context) -> Verdict {
     let read_only = ctx.one_in(2);
     let mount = MountConfig::new(std::env::temp_dir(), "/mounted").with_read_only(read_only);
     let config = VmConfig::builder().with_mount(mount).build()?;
-    unsupported("create with a mount", ctx.backend().create(config).await)
+    unsupported("create with a mount", ctx.backend().create(config).await)?;
+    let root = RootConfig::shared(std::env::temp_dir()).with_read_only(read_only);
+    let config = VmConfig::builder().with_root(root).build()?;
+    unsupported("create with a shared root", ctx.backend().create(config).await)
 }
 
 async fn no_limits(ctx: &Context) -> Verdict {

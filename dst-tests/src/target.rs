@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 use vm_core::{fault::FaultKind, timeline::TimelineLine};
 use vm_trait::Capabilities;
 
+mod guest_root;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod launchers;
 mod process;

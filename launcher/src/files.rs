@@ -14,7 +14,10 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
-use vm_core::machine::MachineError;
+use vm_core::{
+    machine::MachineError,
+    shared_root::{self, Entry},
+};
 use vm_guest_image::{FileSystem, create_disk, identify};
 use vm_trait::{DiskConfig, RootSource, VmConfig};
 
@@ -50,6 +53,10 @@ pub fn check(config: &VmConfig) -> Result<(), MachineError> {
         RootSource::Image(path) => {
             root_file_system(path)?;
         }
+        RootSource::Shared(path) => {
+            open_shared_root(path)?;
+            shared_root::check(config, entry)?;
+        }
         _ => {}
     }
     if let Some(path) = &config.console_file {
@@ -70,9 +77,31 @@ pub fn check(config: &VmConfig) -> Result<(), MachineError> {
 /// # Errors
 /// [`MachineError::Config`] with the field.
 pub fn open_mount(index: usize, path: &Path) -> Result<OwnedFd, MachineError> {
+    open_directory(&format!("mounts[{index}].path"), path)
+}
+
+/// Opens a directory that is to be the guest's root.
+///
+/// # Errors
+/// [`MachineError::Config`] for `root.source`.
+pub fn open_shared_root(path: &Path) -> Result<OwnedFd, MachineError> {
+    open_directory("root.source", path)
+}
+
+fn open_directory(field: &str, path: &Path) -> Result<OwnedFd, MachineError> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let fail = |error: io::Error| flaw(&format!("mounts[{index}].path"), path, error);
+    let fail = |error: io::Error| flaw(field, path, error);
     rustix::fs::open(path, flags, Mode::empty()).map_err(|error| fail(error.into()))
+}
+
+/// Says what is at a path.
+fn entry(path: &Path) -> Entry {
+    match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.is_dir() => Entry::Directory,
+        Ok(metadata) if metadata.is_symlink() => Entry::Link,
+        Ok(_) => Entry::Other,
+        Err(_) => Entry::Missing,
+    }
 }
 
 /// Says which file system a root image holds.

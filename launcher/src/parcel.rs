@@ -109,10 +109,14 @@ struct Parcel {
 /// What guest and launcher are told of the host's directories, with the directories.
 type Shares = (Vec<BootShare>, Vec<(ShareSetUp, OwnedFd)>);
 
-/// Opens the host's directories of a configuration.
+/// Opens the host's directories of a configuration, the root before all others; the guest knows its name.
 fn shares_of(config: &VmConfig) -> Result<Shares, MachineError> {
     let mut boot = Vec::new();
     let mut shares = Vec::new();
+    if let Some(path) = config.root.shared_directory() {
+        let (name, read_only) = (BootShare::ROOT.to_owned(), config.root.read_only);
+        shares.push((ShareSetUp { name, read_only }, files::open_shared_root(path)?));
+    }
     for (index, mount) in config.mounts.iter().enumerate() {
         let (name, read_only) = (BootShare::name_of(index), mount.read_only);
         boot.push(BootShare { name: name.clone(), mount: mount.mount.clone(), read_only });
@@ -132,7 +136,7 @@ impl Made {
 impl Parcel {
     fn new(images: &Images, config: &VmConfig, name: String) -> Result<Self, MachineError> {
         let (root_dir, root_image) = match &config.root.source {
-            RootSource::BuiltIn => (None, None),
+            RootSource::BuiltIn | RootSource::Shared(_) => (None, None),
             RootSource::Directory(path) => (Some(path.as_path()), None),
             RootSource::Image(path) => (None, Some(path.as_path())),
             _ => return Err(MachineError::Unsupported("this kind of root".to_owned())),
@@ -143,6 +147,9 @@ impl Parcel {
         let mut needs = vec![Need::Vsock, Need::Entropy];
         let root = match root_image {
             Some(path) => devices.add_root(path, config.root.read_only, &mut needs)?,
+            None if config.root.shared_directory().is_some() => {
+                BootRoot::Shared { read_only: config.root.read_only }
+            }
             None => BootRoot::Initial { read_only: config.root.read_only },
         };
         let disks = devices.add_disks(config, &mut needs)?;

@@ -368,6 +368,8 @@ bugs! {
             "A machine that has ended keeps its place on the host.",
         GuestPortIsShared = "guest-port-is-shared":
             "A second listener on a port of the same machine takes the place of the first.",
+        SharedRootIsWritable = "shared-root-is-writable":
+            "A read-only root that is a directory of the host can be written to.",
         PortOutlivesMachine = "port-outlives-machine":
             "The mapped ports of a machine that has ended stay taken.",
         PortLeadsAstray = "port-leads-astray":

@@ -12,6 +12,7 @@
 //! | [`host_fs`] | the seam to the host's file system |
 //! | [`container`] | the snapshot file, and chains of them |
 //! | [`image`] | guest memory and disks, as snapshots hold them |
+//! | [`shared_root`] | what a host directory must have in it to be a root |
 //! | [`observe`] | what the core reports of its work |
 //! | [`timeline`] | what was reported, as lines for people |
 //! | [`fault`] | the vocabulary of faults |
@@ -27,5 +28,6 @@ pub mod host_fs;
 pub mod image;
 pub mod machine;
 pub mod observe;
+pub mod shared_root;
 pub mod timeline;
 mod vm;

@@ -38,7 +38,8 @@ pub enum Capability {
     Console,
     /// Byte streams to and from any vsock port of the guest: `connect` and `listen`.
     Vsock,
-    /// A root file system of the user's choice: [`VmConfig::root`](crate::VmConfig::root) other than the built-in one.
+    /// A root file system of the user's choice: [`VmConfig::root`](crate::VmConfig::root) other than the built-in one and a
+    /// [shared](crate::RootSource::Shared) one.
     Root,
     /// A kernel, command line and initial RAM disk of the user's choice: [`VmConfig::kernel`](crate::VmConfig::kernel).
     Kernel,
@@ -48,7 +49,8 @@ pub enum Capability {
     Inspect,
     /// Snapshots that hold only what changed since another one, and `merge_snapshot`.
     IncrementalSnapshot,
-    /// Directories of the host in the guest: [`VmConfig::mounts`](crate::VmConfig::mounts).
+    /// Directories of the host in the guest: [`VmConfig::mounts`](crate::VmConfig::mounts), and a
+    /// [shared](crate::RootSource::Shared) root.
     Mounts,
     /// Limits on what each program uses: [`VmConfig::limits`](crate::VmConfig::limits).
     Limits,

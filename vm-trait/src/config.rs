@@ -8,13 +8,17 @@ use crate::{
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
 
+mod disks;
 mod limits;
 mod mounts;
 mod network;
+mod root;
 
+pub use disks::DiskConfig;
 pub use limits::{Limit, Resource};
 pub use mounts::MountConfig;
 pub use network::{NetworkConfig, PortForward, PortMap};
+pub use root::{RootConfig, RootSource};
 
 /// An amount of memory or disk in mebibytes (2^20 bytes).
 #[derive(
@@ -98,53 +102,6 @@ pub struct KernelConfig {
     pub cmdline: String,
 }
 
-/// What the guest's root file system is.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-#[non_exhaustive]
-pub struct RootConfig {
-    /// Where its files come from. Default: built in.
-    pub source: RootSource,
-    /// Refuse all writes to it but below `/tmp`, `/run`, `/dev` and disks. Else what is written is kept in the guest's
-    /// memory, and ends with the machine. Default false.
-    pub read_only: bool,
-}
-
-/// Where a guest's root files come from.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum RootSource {
-    /// The backend's own: on real machines the agent and nothing else.
-    #[default]
-    BuiltIn,
-    /// A host directory, copied into the guest's memory as the machine starts.
-    Directory(PathBuf),
-    /// A host file that holds a file system, which the guest mounts and never writes to.
-    Image(PathBuf),
-}
-
-impl RootConfig {
-    /// Takes the files of a host directory.
-    #[must_use]
-    pub fn directory(path: impl Into<PathBuf>) -> Self {
-        Self { source: RootSource::Directory(path.into()), read_only: false }
-    }
-
-    /// Takes a disk image of the host.
-    #[must_use]
-    pub fn image(path: impl Into<PathBuf>) -> Self {
-        Self { source: RootSource::Image(path.into()), read_only: false }
-    }
-
-    /// Says whether writes are refused.
-    #[must_use]
-    pub fn with_read_only(mut self, read_only: bool) -> Self {
-        self.read_only = read_only;
-        self
-    }
-}
-
 impl KernelConfig {
     /// Sets the kernel's file.
     #[must_use]
@@ -177,34 +134,6 @@ impl KernelConfig {
             return Err(VmErrorKind::invalid("kernel.cmdline", reason));
         }
         Ok(())
-    }
-}
-
-/// A disk of the host, mounted in the guest.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DiskConfig {
-    /// The host file that holds the disk. One that does not exist is made, unless `read_only`.
-    pub path: PathBuf,
-    /// The size of a disk that is made. Default 64 MiB.
-    #[serde(default = "default_disk_size")]
-    pub size: Mib,
-    /// Refuse all writes of the guest. Default false.
-    #[serde(default)]
-    pub read_only: bool,
-    /// Where the guest sees the disk's files: an absolute, normalised path other than `/`.
-    pub mount: String,
-}
-
-fn default_disk_size() -> Mib {
-    Mib(64)
-}
-
-impl DiskConfig {
-    /// Describes a writable disk of default size.
-    #[must_use]
-    pub fn new(path: impl Into<PathBuf>, mount: impl Into<String>) -> Self {
-        Self { path: path.into(), size: default_disk_size(), read_only: false, mount: mount.into() }
     }
 }
 
@@ -316,11 +245,9 @@ impl VmConfig {
         }
         self.timeouts.validate()?;
         self.kernel.validate()?;
-        if let RootSource::Directory(path) | RootSource::Image(path) = &self.root.source {
-            check_host_path("root.source", Some(path))?;
-        }
+        root::validate(&self.root, &self.mounts)?;
         check_host_path("console_file", self.console_file.as_deref())?;
-        self.validate_disks()?;
+        disks::validate(&self.disks)?;
         mounts::validate(&self.mounts, &self.disks)?;
         self.network.validate()?;
         limits::validate(&self.limits)
@@ -352,51 +279,19 @@ impl VmConfig {
     /// # Errors
     /// [`VmErrorKind::Unsupported`] for the first that it cannot.
     pub fn validate_with(&self, capabilities: Capabilities) -> Result<(), VmErrorKind> {
+        let is_shared = self.root.shared_directory().is_some();
         let asked = [
             (Capability::Disks, !self.disks.is_empty()),
             (Capability::Kernel, self.kernel != KernelConfig::default()),
-            (Capability::Root, self.root != RootConfig::default()),
+            (Capability::Root, !is_shared && self.root != RootConfig::default()),
             (Capability::ConsoleFile, self.console_file.is_some()),
-            (Capability::Mounts, !self.mounts.is_empty()),
+            (Capability::Mounts, is_shared || !self.mounts.is_empty()),
             (Capability::Limits, !self.limits.is_empty()),
         ];
         let network = self.network.capability().map(|capability| (capability, true));
         for (capability, asked) in asked.into_iter().chain(network) {
             if asked && !capabilities.has(capability) {
                 return Err(VmErrorKind::Unsupported { what: capability.name().to_owned() });
-            }
-        }
-        Ok(())
-    }
-
-    fn validate_disks(&self) -> Result<(), VmErrorKind> {
-        if self.disks.len() > Self::MAX_DISKS {
-            let reason = format!("{} given, at most {}", self.disks.len(), Self::MAX_DISKS);
-            return Err(VmErrorKind::invalid("disks", reason));
-        }
-        for (index, disk) in self.disks.iter().enumerate() {
-            let field = |name: &str| format!("disks[{index}].{name}");
-            if disk.path.as_os_str().is_empty() {
-                return Err(VmErrorKind::invalid(field("path"), "empty"));
-            }
-            if disk.size == Mib(0) {
-                return Err(VmErrorKind::invalid(field("size"), "0 MiB"));
-            }
-            if !is_normal_absolute(&disk.mount) || disk.mount == "/" {
-                return Err(VmErrorKind::invalid(
-                    field("mount"),
-                    format!("`{}` is not an absolute, normalised path below `/`", disk.mount),
-                ));
-            }
-            for (other, earlier) in self.disks[..index].iter().enumerate() {
-                if earlier.path == disk.path {
-                    let reason = format!("the same file as disks[{other}]");
-                    return Err(VmErrorKind::invalid(field("path"), reason));
-                }
-                if within(&earlier.mount, &disk.mount) || within(&disk.mount, &earlier.mount) {
-                    let reason = format!("overlaps the mount of disks[{other}]");
-                    return Err(VmErrorKind::invalid(field("mount"), reason));
-                }
             }
         }
         Ok(())
@@ -617,7 +512,6 @@ mod tests {
     #[test]
     fn each_bad_field_is_named() {
         type Change = fn(&mut VmConfig);
-        let disk = |mount: &str| DiskConfig::new("d", mount);
         let changes: &[(&str, Change)] = &[
             ("name", |c| c.name = Some(String::new())),
             ("name", |c| c.name = Some("a b".into())),
@@ -641,8 +535,6 @@ mod tests {
             ("kernel.initrd", |c| c.kernel.initrd = Some("a\0b".into())),
             ("kernel.cmdline", |c| c.kernel.cmdline = "a\nb".into()),
             ("kernel.cmdline", |c| c.kernel.cmdline = "a".repeat(1025)),
-            ("root.source", |c| c.root = RootConfig::directory("")),
-            ("root.source", |c| c.root = RootConfig::image("")),
             ("console_file", |c| c.console_file = Some(PathBuf::new())),
             ("console_bytes", |c| c.console_bytes = 1023),
             ("console_bytes", |c| c.console_bytes = (16 << 20) + 1),
@@ -657,23 +549,6 @@ mod tests {
             let mut config = VmConfig::default();
             change(&mut config);
             assert_eq!(refused(&config), *field);
-        }
-        for (field, disks) in [
-            (
-                "disks",
-                (0..17).map(|n| DiskConfig::new(format!("d{n}"), format!("/m{n}"))).collect(),
-            ),
-            ("disks[0].path", vec![DiskConfig::new("", "/a")]),
-            ("disks[0].size", vec![DiskConfig { size: Mib(0), ..disk("/a") }]),
-            ("disks[0].mount", vec![disk("a")]),
-            ("disks[0].mount", vec![disk("/")]),
-            ("disks[0].mount", vec![disk("/a/../b")]),
-            ("disks[0].mount", vec![disk("/a/")]),
-            ("disks[1].path", vec![disk("/a"), disk("/b")]),
-            ("disks[1].mount", vec![disk("/a"), DiskConfig::new("e", "/a/b")]),
-        ] {
-            let config = VmConfig { disks, ..VmConfig::default() };
-            assert_eq!(refused(&config), field);
         }
     }
 
@@ -690,6 +565,9 @@ mod tests {
             let outcome = config.validate_with(Capabilities::all().without(missing));
             assert_eq!(format!("{outcome:?}"), format!("{:?}", Err::<(), _>(expected)));
         }
+        let shared = VmConfig { root: RootConfig::shared("r"), ..VmConfig::default() };
+        let without = |missing| shared.validate_with(Capabilities::all().without(missing));
+        assert!(without(Capability::Mounts).is_err() && without(Capability::Root).is_ok());
         let others = Capabilities::all().without(Capability::NetworkTsi);
         assert!(config.validate_with(others).is_ok());
         assert!(VmConfig::default().validate_with(Capabilities::default()).is_ok());

@@ -14,8 +14,8 @@ use std::{
 };
 use vm_core::fault::{FaultKind, FaultOrder};
 use vm_trait::{
-    CreateDirOptions, DiskConfig, ForkOptions, MountConfig, Operation, RemoveOptions,
-    RestoreOptions, SnapshotOptions, VmConfig, VmErrorKind, VmInstanceExt,
+    CreateDirOptions, DiskConfig, ForkOptions, GuestFileError, MountConfig, Operation,
+    RemoveOptions, RestoreOptions, SnapshotOptions, VmConfig, VmErrorKind, VmInstanceExt,
 };
 
 /// The clauses on mounts.
@@ -62,49 +62,55 @@ pub(super) const CLAUSES: &[Clause] = &[
         [Exec, Files, Mounts], faults: [MountSlow]),
 ];
 
-/// A directory of the host, and where the guest sees it.
+/// A directory of the host, and where the guest sees it: nothing for its root.
 #[derive(Clone, Debug)]
-struct Shared {
-    host: PathBuf,
-    guest: String,
+pub(super) struct Shared {
+    pub(super) host: PathBuf,
+    pub(super) guest: String,
 }
 
 impl Shared {
     /// Makes a directory of the host.
-    async fn new(ctx: &Context, guest: &str) -> Result<Self, Broken> {
+    pub(super) async fn new(ctx: &Context, guest: &str) -> Result<Self, Broken> {
         let host = ctx.host_path("mounted");
         ctx.make_host_dir(&host).await.map_err(|error| at(&host, &error))?;
         Ok(Self { host, guest: guest.to_owned() })
     }
 
-    fn config(&self) -> MountConfig {
+    pub(super) fn config(&self) -> MountConfig {
         MountConfig::new(&self.host, self.guest.clone())
     }
 
-    fn inside(&self, name: &str) -> String {
+    pub(super) fn inside(&self, name: &str) -> String {
         format!("{}/{name}", self.guest)
     }
 
     /// Puts a file there from the host's side.
-    async fn put(&self, ctx: &Context, name: &str, bytes: Bytes) -> Verdict {
+    pub(super) async fn put(&self, ctx: &Context, name: &str, bytes: Bytes) -> Verdict {
         let path = self.host.join(name);
         ctx.write_host_file(&path, bytes).await.map_err(|error| at(&path, &error))
     }
 
     /// Reads a file from the host's side.
-    async fn get(&self, ctx: &Context, name: &str) -> Result<Bytes, Broken> {
+    pub(super) async fn get(&self, ctx: &Context, name: &str) -> Result<Bytes, Broken> {
         let path = self.host.join(name);
         ctx.read_host_file(&path).await.map_err(|error| at(&path, &error))
     }
 
-    async fn holds(&self, ctx: &Context, name: &str, bytes: &Bytes, when: &str) -> Verdict {
+    pub(super) async fn holds(
+        &self,
+        ctx: &Context,
+        name: &str,
+        bytes: &Bytes,
+        when: &str,
+    ) -> Verdict {
         let found = self.get(ctx, name).await?;
         ensure!(found == bytes, "{when}: the host's `{name}` is not what was written");
         Ok(())
     }
 }
 
-fn at(path: &Path, error: &std::io::Error) -> Broken {
+pub(super) fn at(path: &Path, error: &std::io::Error) -> Broken {
     Broken::new(format!("{}: {error}", path.display()))
 }
 
@@ -114,7 +120,7 @@ async fn mounted(ctx: &Context) -> Result<(Vm, Shared), Broken> {
     Ok((vm, shared))
 }
 
-fn some(ctx: &Context) -> Bytes {
+pub(super) fn some(ctx: &Context) -> Bytes {
     let most = ctx.pick(&[10, 5_000, 200_000]);
     ctx.bytes(usize::try_from(ctx.draw(1, most)).unwrap_or(1))
 }
@@ -250,8 +256,18 @@ async fn read_only(ctx: &Context) -> Verdict {
     shared.put(ctx, "kept", bytes.clone()).await?;
     let vm =
         started(ctx, |config| config.mounts.push(shared.config().with_read_only(true))).await?;
+    refuses_writes(ctx, &vm, &shared, &bytes).await
+}
+
+/// Tries to write to a directory of the host that is read-only, whose file `kept` has these bytes.
+pub(super) async fn refuses_writes(
+    ctx: &Context,
+    vm: &Vm,
+    shared: &Shared,
+    bytes: &Bytes,
+) -> Verdict {
     let kept = shared.inside("kept");
-    ensure!(vm.read_file(&kept).await? == bytes, "a file of a read-only mount differs");
+    ensure!(vm.read_file(&kept).await? == bytes, "a file of a read-only directory differs");
     let tries = [
         "echo x > kept",
         "echo x >> kept",
@@ -270,22 +286,36 @@ async fn read_only(ctx: &Context) -> Verdict {
         "mount -o remount,rw . && rm kept",
     ];
     for text in tries {
-        let output = vm.sh(&format!("cd {} && {{ {text}; }} 2>/dev/null", shared.guest)).await?;
-        ensure!(!output.status.success(), "`{text}` in a read-only mount: {:?}", output.status);
+        let output = vm.sh(&format!("cd {}/ && {{ {text}; }} 2>/dev/null", shared.guest)).await?;
+        ensure!(!output.status.success(), "`{text}` in a read-only directory: {:?}", output.status);
     }
-    ensure!(vm.write(&kept, "x").await.is_err(), "write_file in a read-only mount");
     let new = shared.inside("new");
-    ensure!(vm.create_dir(&new, CreateDirOptions::default()).await.is_err(), "create_dir there");
-    ensure!(vm.remove(&kept, RemoveOptions::default()).await.is_err(), "remove there");
-    ensure!(vm.rename(&kept, &new).await.is_err(), "rename there");
-    shared.holds(ctx, "kept", &bytes, "after all tries to write").await?;
-    ensure!(shared.get(ctx, "new").await.is_err(), "a file was made in a read-only mount");
-    ensure!(vm.read_file(&kept).await? == bytes, "a file of a read-only mount differs in the end");
+    for (how, outcome) in [
+        ("write_file", vm.write(&kept, "x").await),
+        ("write_file of a new one", vm.write(&new, "x").await),
+        ("create_dir", vm.create_dir(&new, CreateDirOptions::default()).await),
+        ("remove", vm.remove(&kept, RemoveOptions::default()).await),
+        ("rename", vm.rename(&kept, &new).await),
+    ] {
+        ensure_err!(
+            outcome,
+            VmErrorKind::GuestFile { error: GuestFileError::ReadOnly, .. },
+            "{how} in a read-only directory"
+        );
+    }
+    shared.holds(ctx, "kept", bytes, "after all tries to write").await?;
+    ensure!(shared.get(ctx, "new").await.is_err(), "a file was made in a read-only directory");
+    ensure!(vm.read_file(&kept).await? == bytes, "a file of it differs in the end");
     Ok(())
 }
 
 async fn no_escape(ctx: &Context) -> Verdict {
     let (vm, shared) = mounted(ctx).await?;
+    is_confined(ctx, &vm, &shared).await
+}
+
+/// Tries to reach a file of the host beside a directory that the guest has and can write to.
+pub(super) async fn is_confined(ctx: &Context, vm: &Vm, shared: &Shared) -> Verdict {
     // It stands beside the directory, under a name that the guest is told.
     let secret = ctx.host_path("secret");
     let word = format!("secret-{:016x}", ctx.draw(0, u64::MAX));
@@ -296,15 +326,15 @@ async fn no_escape(ctx: &Context) -> Verdict {
     let ups: Vec<String> = (1..=12).map(|n| "../".repeat(n)).collect();
     let mut links = vec![whole.clone(), format!("../{name}"), format!("./../{name}")];
     links.extend(ups.iter().map(|up| format!("{up}{}", whole.trim_start_matches('/'))));
-    let mut text = format!("cd {} || exit\nmkdir sub\nln -s .. up\nln -s / top\n", shared.guest);
+    let mut text = format!("cd {}/ || exit\nmkdir sub\nln -s .. up\nln -s / top\n", shared.guest);
     for (n, link) in links.iter().enumerate() {
         text += &format!("ln -s '{link}' l{n}\nln -s '{link}' sub/l{n}\n");
         text += &format!("cat l{n} sub/l{n} '{link}' 'sub/../{link}'\n");
     }
     text += &format!("cat 'up/{name}' 'top/{whole}' 'sub/../../{name}' '..//{name}' 2>&1\ntrue");
     let output = vm.exec(script(&text)).await?;
-    ensure!(!output.stdout_text().contains(&word), "the guest read a file beside its mount");
-    let mut text = format!("cd {}\n", shared.guest);
+    ensure!(!output.stdout_text().contains(&word), "the guest read a file beside its directory");
+    let mut text = format!("cd {}/\n", shared.guest);
     for n in 0..links.len() {
         text += &format!("echo x > l{n}\necho x > sub/l{n}\nrm -f l{n}/ 2>&1\n");
     }
@@ -312,10 +342,10 @@ async fn no_escape(ctx: &Context) -> Verdict {
     // Writing through the links may change files of the guest's own.
     vm.exec(script(&text)).await?;
     let found = ctx.read_host_file(&secret).await.map_err(|error| at(&secret, &error))?;
-    ensure!(found == content, "the guest changed a file beside its mount");
+    ensure!(found == content, "the guest changed a file beside its directory");
     ensure!(
         shared.get(ctx, "stolen").await.ok() != Some(content),
-        "the guest moved a file into its mount"
+        "the guest moved a file into its directory"
     );
     Ok(())
 }
@@ -478,7 +508,7 @@ async fn host_full(ctx: &Context) -> Verdict {
         let outcome = vm.write(&shared.inside("file"), "new").await;
         ensure_err!(
             outcome,
-            VmErrorKind::GuestFile { error: vm_trait::GuestFileError::OutOfSpace, .. },
+            VmErrorKind::GuestFile { error: GuestFileError::OutOfSpace, .. },
             "a write to a host without room"
         );
         ensure_eq!(

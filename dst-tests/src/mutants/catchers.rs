@@ -136,6 +136,7 @@ pub fn catchers(bug: Bug) -> &'static [&'static str] {
         Bug::ConsoleHasNoBound => &["lifecycle.console_bounded"],
         Bug::ChangedPageIsMissed => &["incremental.restored_as_a_whole"],
         Bug::ChildSharesDisk => &["fork.childs_disk_goes_with_it"],
+        Bug::SharedRootIsWritable => &["root.shared_read_only"],
         Bug::PortOutlivesMachine => &["network.ports_come_free"],
         Bug::PortLeadsAstray => &["network.ports_do_not_mix"],
         Bug::LonelyGuestReachesHost => &["network.none_reaches_nothing"],

@@ -2,6 +2,7 @@
 
 use super::{
     Detail, Run, RunReport, Target,
+    guest_root::{copied_root, root},
     real::{FaultyHypervisor, FillingFs, RealFaults, RunDir},
     recorder::Records,
     tokio::{real_env, real_time_runtime, run_setup},
@@ -21,7 +22,6 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures_core::future::BoxFuture;
 use std::{
-    env,
     path::PathBuf,
     sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
@@ -42,9 +42,6 @@ use vm_trait::{
     Capabilities, Capability, ExecRequest, HostLimits, RestoreOptions, Snapshot, VmBackend,
     VmConfig, VmId, VmInstance, VmResult,
 };
-
-/// The variable that names a directory with a guest's root file system.
-const ROOT_VARIABLE: &str = "TWINVM_ROOT";
 
 /// How long a run may take; under software emulation a single boot takes many seconds.
 const LIMITS: Limits =
@@ -271,6 +268,7 @@ impl<H: Launchers> LauncherTarget<H> {
             host_dir: bench.host_dir.path().to_owned(),
             host_fs: Arc::new(StdFs),
             host_network: Arc::new(RealHostNetwork::default()),
+            guest_root: copied_root(),
         };
         let sink = PanicSink::default();
         let guard = sink.join();
@@ -407,6 +405,7 @@ impl<H: Launchers> Host<H> {
             host_dir,
             host_fs: Arc::new(StdFs),
             host_network: Arc::new(RealHostNetwork::default()),
+            guest_root: copied_root(),
             // It owns the directory, which is so removed once the run is over.
             leftovers: Arc::new(move || {
                 let _kept = &dir;
@@ -490,18 +489,6 @@ fn describe(fitness: Fitness) -> String {
     let slow = if slow { ", slow" } else { "" };
     let millions = instructions_per_second / 1e6;
     format!("{millions:.0} million instructions a second, up to {max_vcpus} vCPUs{nested}{slow}")
-}
-
-fn root() -> Result<PathBuf, String> {
-    let Some(root) = env::var_os(ROOT_VARIABLE).map(PathBuf::from) else {
-        return Err(format!(
-            "{ROOT_VARIABLE} is not set; it names a directory with a guest's root file system that has a shell"
-        ));
-    };
-    if !root.join("bin/sh").is_file() {
-        return Err(format!("{ROOT_VARIABLE}={}: there is no bin/sh in it", root.display()));
-    }
-    Ok(root)
 }
 
 /// The core with a note of every machine that was made.

@@ -167,6 +167,13 @@ async fn simulate(
         host_dir,
         host_fs: Arc::new(backend.host().fs()),
         host_network: Arc::new(backend.host()),
+        guest_root: {
+            let host = backend.host();
+            Arc::new(move |path| {
+                let made = host.make_guest_root(&path);
+                Box::pin(async { made })
+            })
+        },
         warm: None,
         template: None,
         leftovers: Arc::new(move || host.ledger().leftovers()),

@@ -1,6 +1,6 @@
 //! Backends on tokio and real time.
 
-use super::{Detail, Run, RunReport, Target};
+use super::{Detail, Run, RunReport, Target, guest_root::copied_root};
 use crate::{
     clause::Clause,
     context::{Scratch, Setup},
@@ -69,6 +69,7 @@ impl Opened {
             host_dir: self.host_dir,
             host_fs: Arc::new(vm_core::host_fs::StdFs),
             host_network: Arc::new(RealHostNetwork::default()),
+            guest_root: copied_root(),
             leftovers: self.leftovers,
             warm: None,
             template: None,

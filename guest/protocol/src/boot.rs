@@ -40,6 +40,17 @@ pub enum BootRoot {
         /// Whether writes to it are refused.
         read_only: bool,
     },
+    /// A host directory, by the device of all [`BootShare`]s under the name [`BootShare::ROOT`].
+    Shared {
+        /// Whether it is mounted for reading only. It is the host that sees to it that nothing is written.
+        read_only: bool,
+    },
+}
+
+impl BootRoot {
+    /// The directories in every root whose files are made as the machine starts. In a root that is a host directory they
+    /// are all the guest's own.
+    pub const PLACES: [&str; 5] = ["dev", "proc", "sys", "run", "tmp"];
 }
 
 impl Default for BootRoot {
@@ -73,6 +84,9 @@ pub struct BootShare {
 impl BootShare {
     /// The tag of the device.
     pub const TAG: &str = "shares";
+
+    /// The name of the host directory that is the root.
+    pub const ROOT: &str = "root";
 
     /// Gives the name of the host directory that is the `index`th of a machine.
     #[must_use]
@@ -125,12 +139,13 @@ mod tests {
             hostname in ".{0,20}",
             modules in vec("/[a-z/.]{0,30}", 0..5),
             disk in any::<Option<String>>(),
-            read_only: bool,
+            (shared, read_only) in any::<(bool, bool)>(),
             disks in vec((".{0,20}", "/[a-z/]{0,20}", any::<bool>()), 0..4),
             shares in vec((".{0,36}", "/[a-z/]{0,20}", any::<bool>()), 0..4),
         ) -> BootConfig {
             let root = match disk {
                 Some(serial) => BootRoot::Disk { serial, read_only },
+                None if shared => BootRoot::Shared { read_only },
                 None => BootRoot::Initial { read_only },
             };
             let disks = disks
@@ -165,6 +180,7 @@ mod tests {
             prop_assert_eq!(name == another, one == other);
             prop_assert!(name.bytes().all(|byte| byte.is_ascii_alphanumeric()));
             prop_assert!((1..=8).contains(&name.len()), "it is a name in a directory");
+            prop_assert_ne!(name, BootShare::ROOT);
         }
 
         #[test]

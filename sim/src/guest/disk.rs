@@ -17,6 +17,12 @@ pub struct DiskImage {
     nodes: Arc<BTreeMap<u32, Arc<Inode>>>,
 }
 
+impl DiskImage {
+    pub(super) fn of(nodes: BTreeMap<u32, Arc<Inode>>) -> Self {
+        Self { nodes: Arc::new(nodes) }
+    }
+}
+
 /// A disk as it is attached to a new guest.
 #[derive(Clone, Debug)]
 pub struct DiskSetup {

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 /// What a saved guest begins with; another layout has another number.
-const VERSION: u8 = 3;
+const VERSION: u8 = 4;
 
 /// Bytes that are no saved guest for these programs.
 #[derive(Debug, thiserror::Error)]

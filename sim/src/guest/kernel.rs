@@ -8,13 +8,14 @@ use super::{
     process::{AGENT, OpenFile, Process},
     program::ProgramRegistry,
     pty::Pty,
-    share::ShareSetup,
+    share::{RootInHand, ShareSetup},
     sockets::Sockets,
-    vfs::{Ino, Vfs},
+    vfs::{Caller, Ino, Vfs},
 };
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use vm_guest_agent::os::{Child, ChildExit, Errno, Fd, SysResult};
+use vm_guest_protocol::boot::BootRoot;
 
 /// What a guest is made of.
 #[derive(Clone, Debug)]
@@ -60,6 +61,12 @@ pub enum SetupError {
         disk: usize,
         /// Where.
         mount: String,
+    },
+    /// A root that is a directory of the host lacks a directory, and it cannot be made.
+    #[error("the root has no directory `{place}` to mount on")]
+    Root {
+        /// Which one.
+        place: &'static str,
     },
     /// A directory of the host cannot be mounted there.
     #[error("host directory {share} cannot be mounted at `{mount}`")]
@@ -142,10 +149,37 @@ impl SimOs {
     /// # Errors
     /// When a disk or a host directory cannot be mounted.
     pub fn new(config: OsConfig, programs: Arc<ProgramRegistry>) -> Result<Self, SetupError> {
+        let mut os = Self::unmounted(&config, programs);
+        let (disks, shares) = (config.disks, config.shares);
+        os.kernel.mount_all(&disks, &shares)?;
+        Ok(os)
+    }
+
+    /// Boots a guest whose root is a directory of the host, which is the first of its shares from then on.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), and when the directory lacks what is mounted on.
+    pub fn on_shared_root(
+        config: OsConfig,
+        programs: Arc<ProgramRegistry>,
+        root: RootInHand<'_>,
+    ) -> Result<Self, SetupError> {
+        let mut os = Self::unmounted(&config, programs);
+        let entered = os.kernel.vfs.enter_share();
+        entered.map_err(|_| SetupError::Root { place: "/" })?;
+        let (disks, shares) = (config.disks, config.shares);
+        let RootInHand { dir, read_only, room } = root;
+        os.give_share(0, dir, read_only, room);
+        let mounted = os.kernel.make_places().and_then(|()| os.kernel.mount_all(&disks, &shares));
+        os.take_share(0, dir);
+        mounted.map(|()| os)
+    }
+
+    fn unmounted(config: &OsConfig, programs: Arc<ProgramRegistry>) -> Self {
         let mut kernel = Kernel {
             now: Duration::ZERO,
             wall_offset_ns: 0,
-            hostname: config.hostname.into(),
+            hostname: config.hostname.as_str().into(),
             vcpus: config.vcpus,
             max_processes: config.max_processes,
             vfs: Vfs::new(programs.base(), config.memory),
@@ -170,23 +204,7 @@ impl SimOs {
         if config.host_loopback {
             kernel.sockets.reach_host();
         }
-        // A disk may be mounted on a directory of another one, which must be mounted first.
-        let mut order: Vec<_> = config.disks.iter().enumerate().collect();
-        order.sort_by_key(|(index, setup)| (setup.mount.matches('/').count(), *index));
-        let mut disks = BTreeMap::new();
-        for (index, setup) in order {
-            let refused = |_| SetupError::Mount { disk: index, mount: setup.mount.clone() };
-            let at = kernel.mount_point(&setup.mount).map_err(refused)?;
-            kernel.vfs.mount(at, Disk::new(setup)).map_err(refused)?;
-            disks.insert(index, at);
-        }
-        kernel.vfs.set_disk_order(disks.into_values());
-        for (share, ShareSetup { mount }) in config.shares.iter().enumerate() {
-            let refused = |_| SetupError::Share { share, mount: mount.clone() };
-            let at = kernel.mount_point(mount).map_err(refused)?;
-            kernel.vfs.mount_share(at).map_err(refused)?;
-        }
-        Ok(Self { kernel, programs, faults: FaultSlot::default() })
+        Self { kernel, programs, faults: FaultSlot::default() }
     }
 
     /// Moves the monotonic clock; it never goes back.
@@ -357,6 +375,39 @@ impl Kernel {
         self.terminate(pid, ChildExit::Signaled(super::signals::KILL));
     }
 
+    /// Mounts disks and directories of the host, making the directories that they are mounted on.
+    fn mount_all(&mut self, disks: &[DiskSetup], shares: &[ShareSetup]) -> Result<(), SetupError> {
+        // A disk may be mounted on a directory of another one, which must be mounted first.
+        let mut order: Vec<_> = disks.iter().enumerate().collect();
+        order.sort_by_key(|(index, setup)| (setup.mount.matches('/').count(), *index));
+        let mut mounted = BTreeMap::new();
+        for (index, setup) in order {
+            let refused = |_| SetupError::Mount { disk: index, mount: setup.mount.clone() };
+            let at = self.mount_point(&setup.mount).map_err(refused)?;
+            self.vfs.mount(&setup.mount, at, Disk::new(setup)).map_err(refused)?;
+            mounted.insert(index, at);
+        }
+        self.vfs.set_disk_order(mounted.into_values());
+        for (share, ShareSetup { mount }) in shares.iter().enumerate() {
+            let refused = |_| SetupError::Share { share, mount: mount.clone() };
+            let at = self.mount_point(mount).map_err(refused)?;
+            self.vfs.mount_share(mount, at).map_err(refused)?;
+        }
+        Ok(())
+    }
+
+    /// Makes what is missing of the directories that every root has, in a root that is the host's.
+    fn make_places(&mut self) -> Result<(), SetupError> {
+        for place in BootRoot::PLACES {
+            let (uid, gid, umask, now_ns) = (0, 0, 0, self.wall_ns());
+            let (cwd, processes) = (self.vfs.top, &self.processes);
+            let who = Caller { pid: AGENT, uid, gid, cwd, umask, now_ns, processes };
+            let made = self.vfs.make_place(&who, place);
+            made.map_err(|_| SetupError::Root { place })?;
+        }
+        Ok(())
+    }
+
     /// Makes the directories of a mount point where they are missing.
     fn mount_point(&mut self, path: &str) -> SysResult<Ino> {
         if !path.starts_with('/')
@@ -365,11 +416,11 @@ impl Kernel {
             return Err(Errno::INVAL);
         }
         for (end, _) in path.match_indices('/').skip(1).chain([(path.len(), "")]) {
-            let who = super::vfs::Caller {
+            let who = Caller {
                 pid: AGENT,
                 uid: 0,
                 gid: 0,
-                cwd: super::vfs::ROOT,
+                cwd: self.vfs.top,
                 umask: 0,
                 now_ns: 0,
                 processes: &self.processes,

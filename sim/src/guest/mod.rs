@@ -47,7 +47,7 @@ pub use fault::{OsFault, OsFaults, SysCall};
 pub use image::LoadError;
 pub use kernel::{OsConfig, OsEvent, RunReport, SetupError, SimOs};
 pub use program::{GuestProgram, ProgramRegistry, Step, WaitFor};
-pub use share::{ShareSetup, SharedDir};
+pub use share::{RootInHand, ShareSetup, SharedDir};
 pub(crate) use sockets::{Address, SocketEnd};
 pub use syscalls::{ChildFds, ChildSpec, FdStat, OpenFlags, Syscalls};
 

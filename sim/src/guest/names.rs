@@ -2,7 +2,7 @@
 
 use super::{
     tree::{Body, Dir, Inode, TOP},
-    vfs::{Caller, Ino, PROC_FS, ROOT, Vfs},
+    vfs::{Caller, Ino, PROC_FS, Vfs},
 };
 use vm_guest_agent::os::{Errno, SysResult};
 
@@ -147,7 +147,7 @@ impl Vfs {
         }
         let found = self.walk(who, path, false)?;
         let ino = found.ino.ok_or(Errno::NOENT)?;
-        if ino == ROOT || ino.fs != found.parent.fs {
+        if ino == self.top || ino.fs != found.parent.fs {
             return Err(Errno::BUSY);
         }
         if ino.fs == PROC_FS {

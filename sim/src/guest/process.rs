@@ -135,7 +135,7 @@ impl Kernel {
             pid,
             uid: process.map_or(0, |it| it.uid),
             gid: process.map_or(0, |it| it.gid),
-            cwd: process.map_or(super::vfs::ROOT, |it| it.cwd),
+            cwd: process.map_or(self.vfs.top, |it| it.cwd),
             umask: process.map_or(0, |it| it.umask),
             now_ns: self.wall_ns(),
             processes: &self.processes,

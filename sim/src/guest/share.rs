@@ -1,19 +1,21 @@
 //! Directories of the host that guests share.
 
 use super::{
-    disk::{Disk, DiskSetup},
+    disk::{Disk, DiskImage, DiskSetup},
     kernel::{Kernel, SimOs},
-    process::Opened,
+    process::{AGENT, Opened},
+    program::ProgramRegistry,
     rope::Rope,
     tree::{Body, Dir, Inode, TOP},
-    vfs::{Ino, Vfs},
+    vfs::{Caller, Ino, ROOT, Vfs},
 };
 use bytes::{Bytes, BytesMut};
 use std::{
     io,
     path::{Component, Path},
 };
-use vm_guest_agent::os::SysResult;
+use vm_core::shared_root::Entry;
+use vm_guest_agent::os::{Errno, SysResult};
 
 /// A directory of the host as it is mounted in a new guest.
 #[derive(Clone, Debug)]
@@ -35,6 +37,17 @@ impl Default for SharedDir {
     }
 }
 
+/// A directory of the host that becomes the root of a new guest.
+#[derive(Debug)]
+pub struct RootInHand<'a> {
+    /// The directory.
+    pub dir: &'a mut SharedDir,
+    /// Whether writes fail with `ROFS`.
+    pub read_only: bool,
+    /// The room that the host has beside what is in it.
+    pub room: u64,
+}
+
 /// What stands in a guest for a directory that it does not have in hand.
 fn detached() -> Disk {
     Disk::new(&DiskSetup {
@@ -46,6 +59,26 @@ fn detached() -> Disk {
 }
 
 impl SharedDir {
+    /// Makes one that holds what guests with these programs begin with, but for devices.
+    #[must_use]
+    pub fn guest_root(programs: &ProgramRegistry) -> Self {
+        let image = DiskImage::of(programs.base().without_devices());
+        let setup = DiskSetup { mount: String::new(), capacity: 0, read_only: false, image };
+        Self(Disk::new(&setup))
+    }
+
+    /// Says what is at a path, following no link.
+    #[must_use]
+    pub fn entry(&self, path: &Path) -> Entry {
+        let found = self.find(path).ok().and_then(|node| self.0.tree.get(node));
+        match found.map(|inode| &inode.body) {
+            None => Entry::Missing,
+            Some(Body::Dir(_)) => Entry::Directory,
+            Some(Body::Symlink(_)) => Entry::Link,
+            Some(_) => Entry::Other,
+        }
+    }
+
     /// Counts the bytes that it takes of the host's disk.
     #[must_use]
     pub fn used(&self) -> u64 {
@@ -282,6 +315,9 @@ impl SimOs {
             slot.read_only = read_only;
             slot.capacity = slot.tree.used().saturating_add(room);
         }
+        if index == 0 {
+            self.kernel.mount_in_root_again();
+        }
     }
 
     /// Takes a directory of the host back from a guest that has it in hand.
@@ -323,15 +359,55 @@ impl Kernel {
         }
         self.processes.values_mut().for_each(|process| lose(&mut process.cwd));
         self.vfs.holds.retain(|ino, _| !shares.contains(&ino.fs) || ino.node == TOP);
+        self.vfs.mounts.retain(|at, _| !shares.contains(&at.fs));
+    }
+
+    /// Mounts what a saved guest had mounted in a root that is the host's, at the same paths.
+    fn mount_in_root_again(&mut self) {
+        let vfs = &self.vfs;
+        let is_mounted = |fs: &u16| vfs.mounts.values().any(|it| it == fs);
+        if vfs.mounted_in_root.keys().all(is_mounted) {
+            return;
+        }
+        for (fs, path) in vfs.mounted_in_root.clone() {
+            let found = self.vfs.find(&self.caller(AGENT), &path, true);
+            if let Ok(at) = found
+                && at.node != TOP
+                && self.vfs.is_dir(at)
+            {
+                self.vfs.mounts.insert(at, fs);
+            }
+        }
     }
 }
 
 impl Vfs {
     /// Mounts a directory of the host, which the guest does not have in hand yet.
-    pub(super) fn mount_share(&mut self, at: Ino) -> SysResult<()> {
-        self.mount(at, detached())?;
+    pub(super) fn mount_share(&mut self, path: &str, at: Ino) -> SysResult<()> {
+        self.mount(path, at, detached())?;
         self.shares.extend(self.mounts.get(&at).copied());
         Ok(())
+    }
+
+    /// Makes a directory of the host, which the guest does not have in hand yet, the root.
+    pub(super) fn enter_share(&mut self) -> SysResult<()> {
+        self.mount_share("/", ROOT)?;
+        let fs = self.mounts.remove(&ROOT).ok_or(Errno::NOENT)?;
+        self.top = Ino { fs, node: TOP };
+        Ok(())
+    }
+
+    /// Makes a directory in a root that is the host's, unless it is there; what the guest has of its own hides it.
+    pub(super) fn make_place(&mut self, who: &Caller<'_>, name: &str) -> SysResult<()> {
+        let top = self.inode(self.top)?.dir().ok_or(Errno::NOTDIR)?;
+        match top.entries.get(name) {
+            Some(node) if self.is_dir(Ino { node: *node, ..self.top }) => Ok(()),
+            Some(_) => Err(Errno::NOTDIR),
+            None => {
+                let dir = Inode::new(0o755, 0, 0, who.now_ns, Body::Dir(Dir::default()));
+                self.attach(who, self.top, name, dir).map(drop)
+            }
+        }
     }
 
     /// Says whether something is in a directory of the host.

@@ -274,8 +274,22 @@ impl BaseImage {
         for path in programs {
             builder.add_program(path, path);
         }
+        builder.add("/sys", Inode::new(0o555, 0, 0, 0, Body::Dir(Dir::default())));
         let nodes = inodes.into_iter().map(Arc::new).collect();
         Self { nodes, programs: programs.to_vec() }
+    }
+
+    /// Gives its inodes, but for those in `/dev`.
+    pub(super) fn without_devices(&self) -> BTreeMap<u32, Arc<Inode>> {
+        let mut nodes: BTreeMap<u32, Arc<Inode>> = (0..).zip(self.nodes.iter().cloned()).collect();
+        let dev = nodes.get(&TOP).and_then(|top| top.dir()?.entries.get("dev").copied());
+        if let Some(inode) = dev.and_then(|dev| nodes.get_mut(&dev))
+            && let Body::Dir(dir) = &mut Arc::make_mut(inode).body
+        {
+            let devices = std::mem::take(&mut dir.entries);
+            nodes.retain(|node, _| !devices.values().any(|device| device == node));
+        }
+        nodes
     }
 
     /// Lists the programs that were built in.

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, sync::Arc};
 use vm_guest_agent::os::{Errno, SysResult};
-use vm_guest_protocol::{EntryKind, StatEntry};
+use vm_guest_protocol::{EntryKind, StatEntry, boot::BootRoot};
 
 /// Names an inode in all of a guest's file systems.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -70,6 +70,8 @@ pub struct OpenFlags {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Vfs {
     root: Tree,
+    /// The directory `/`: that of the file system in memory, or a directory of the host.
+    pub(super) top: Ino,
     disks: Vec<Disk>,
     /// The disks' numbers in the order of the configuration.
     disk_order: Vec<u16>,
@@ -77,6 +79,8 @@ pub(super) struct Vfs {
     pub(super) mounts: BTreeMap<Ino, u16>,
     /// The numbers of host directories, in the order of the configuration.
     pub(super) shares: Vec<u16>,
+    /// Where in a root that is the host's something is mounted.
+    pub(super) mounted_in_root: BTreeMap<u16, String>,
     /// How often an inode is held open, or as a working directory.
     pub(super) holds: BTreeMap<Ino, u32>,
     memory: u64,
@@ -103,10 +107,12 @@ impl Vfs {
     pub(super) fn new(base: Arc<BaseImage>, memory: u64) -> Self {
         Self {
             root: Tree::over(base),
+            top: ROOT,
             disks: Vec::new(),
             disk_order: Vec::new(),
             mounts: BTreeMap::new(),
             shares: Vec::new(),
+            mounted_in_root: BTreeMap::new(),
             holds: BTreeMap::new(),
             memory,
             process_memory: 0,
@@ -117,12 +123,15 @@ impl Vfs {
         self.root.rebase(base);
     }
 
-    /// Mounts a disk on a directory.
-    pub(super) fn mount(&mut self, at: Ino, disk: Disk) -> SysResult<()> {
+    /// Mounts a disk on a directory, which is at this path.
+    pub(super) fn mount(&mut self, path: &str, at: Ino, disk: Disk) -> SysResult<()> {
         let fs = u16::try_from(self.disks.len() + 1).ok().filter(|fs| *fs != PROC_FS);
         let fs = fs.ok_or(Errno::NFILE)?;
         self.disks.push(disk);
         self.mounts.insert(at, fs);
+        if at.fs == self.top.fs && at.fs != ROOT_FS {
+            self.mounted_in_root.insert(fs, path.to_owned());
+        }
         Ok(())
     }
 
@@ -172,7 +181,7 @@ impl Vfs {
         if path.is_empty() {
             return Err(Errno::NOENT);
         }
-        let mut at = if path.starts_with('/') { ROOT } else { from };
+        let mut at = if path.starts_with('/') { self.top } else { from };
         let mut rest = path.trim_start_matches('/');
         let (mut parent, mut last) = (at, "");
         while !rest.is_empty() {
@@ -217,7 +226,7 @@ impl Vfs {
     fn child(&self, who: &Caller<'_>, at: Ino, name: &str) -> SysResult<Option<Ino>> {
         if at.fs == PROC_FS {
             if name == ".." && at.node == proc_fs::TOP {
-                return Ok(Some(ROOT));
+                return Ok(Some(self.top));
             }
             let node = proc_fs::lookup(at.node, name, who.processes)?;
             return Ok(node.map(|node| Ino { fs: PROC_FS, node }));
@@ -227,18 +236,32 @@ impl Vfs {
         who.may(inode, 1)?;
         let node = match name {
             "." => return Ok(Some(at)),
+            ".." if at == self.top => return Ok(Some(at)),
             ".." if at.node == TOP && at.fs != ROOT_FS => {
                 let mount = self.mounts.iter().find(|(_, fs)| **fs == at.fs);
                 let (on, _) = mount.ok_or(Errno::NOENT)?;
                 return self.child(who, *on, "..");
             }
             ".." => dir.parent,
-            name => match dir.entries.get(name) {
+            name => match self.own_place(at, name).or(dir.entries.get(name)) {
                 Some(node) => *node,
                 None => return Ok(None),
             },
         };
-        Ok(Some(self.cross(Ino { fs: at.fs, node }, at == ROOT && name == "proc")))
+        let fs = if self.own_place(at, name).is_some() { ROOT_FS } else { at.fs };
+        let ino = Ino { fs, node };
+        if ino == ROOT {
+            return Ok(Some(self.top));
+        }
+        Ok(Some(self.cross(ino, at == self.top && name == "proc")))
+    }
+
+    /// Finds the directories in memory that a root which is the host's has as every other root does.
+    fn own_place(&self, at: Ino, name: &str) -> Option<&u32> {
+        if at != self.top || at.fs == ROOT_FS || !BootRoot::PLACES.contains(&name) {
+            return None;
+        }
+        self.root.get(TOP)?.dir()?.entries.get(name)
     }
 
     /// Goes from a directory to what is mounted on it.
@@ -408,7 +431,7 @@ impl Vfs {
             return Ok(proc_fs::path(ino.node));
         }
         let mut names = Vec::new();
-        while ino != ROOT {
+        while ino != ROOT && ino != self.top {
             if ino.node == TOP {
                 ino = *self.mounts.iter().find(|(_, fs)| **fs == ino.fs).ok_or(Errno::NOENT)?.0;
             }

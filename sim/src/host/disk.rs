@@ -238,6 +238,10 @@ impl Disk {
         self.is_dir(path)
     }
 
+    pub(super) fn has_file(&self, path: &Path) -> bool {
+        self.names.contains_key(path)
+    }
+
     /// Takes the directories and files below a directory off the disk, in order, each by its path in it.
     pub(super) fn take_tree(&mut self, dir: &Path) -> Vec<(PathBuf, Option<Bytes>)> {
         let below = |path: &Path| Some(path.strip_prefix(dir).ok()?.to_path_buf());

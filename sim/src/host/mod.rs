@@ -117,6 +117,15 @@ impl SimHost {
         self.0.host().used()
     }
 
+    /// Makes a directory that can be a guest's [shared](vm_trait::RootSource::Shared) root: it holds the files and
+    /// programs that guests have else. What it stands in is made too.
+    ///
+    /// # Errors
+    /// `AlreadyExists`, also within and around directories that guests have; `NotADirectory`.
+    pub fn make_guest_root(&self, path: &Path) -> io::Result<()> {
+        self.0.host().make_guest_root(path, &self.0.programs)
+    }
+
     /// Changes one bit of a file for good; the seed decides which, and it is given back, where the file has any.
     ///
     /// # Errors

@@ -1,14 +1,18 @@
-//! The directories of the host that guests mount.
+//! The directories of the host that guests mount, or have as their roots.
 
 use super::HostState;
-use crate::guest::{SharedDir, SimOs};
+use crate::guest::{ProgramRegistry, RootInHand, SharedDir, SimOs};
 use bytes::Bytes;
 use std::{
     io,
     path::{Path, PathBuf},
 };
-use vm_core::machine::MachineError;
-use vm_trait::MountConfig;
+use vm_core::{
+    machine::MachineError,
+    shared_root::{self, Entry},
+};
+use vm_planted_bugs::{Bug, planted};
+use vm_trait::VmConfig;
 
 /// A file of the host that is open.
 #[derive(Clone, Debug)]
@@ -28,42 +32,101 @@ impl OpenAt {
     }
 }
 
+/// A directory of the host that a guest has.
+#[derive(Clone, Copy, Debug)]
+struct Share<'a> {
+    path: &'a Path,
+    read_only: bool,
+}
+
+/// Lists the directories of the host that a guest has, a root that is shared before all others.
+fn shared_by(config: &VmConfig) -> impl Iterator<Item = Share<'_>> {
+    let read_only = config.root.read_only && !planted(Bug::SharedRootIsWritable);
+    let root = config.root.shared_directory().map(|path| Share { path, read_only });
+    let mounts = config.mounts.iter();
+    let mounts = mounts.map(|it| Share { path: &it.path, read_only: it.read_only });
+    root.into_iter().chain(mounts)
+}
+
 impl HostState {
-    /// Checks that the directories that a machine is to mount are there.
-    pub(crate) fn check_mounts(&self, mounts: &[MountConfig]) -> Result<(), MachineError> {
-        for (index, mount) in mounts.iter().enumerate() {
+    /// Checks that the directories that a machine is to have are there.
+    pub(crate) fn check_shares(&self, config: &VmConfig) -> Result<(), MachineError> {
+        let paths: Vec<&Path> = shared_by(config).map(|share| share.path).collect();
+        for (index, path) in paths.iter().copied().enumerate() {
             let flaw = |reason: &str| MachineError::Config {
-                field: format!("mounts[{index}].path"),
-                reason: format!("{}: {reason}", mount.path.display()),
+                field: match index.checked_sub(paths.len() - config.mounts.len()) {
+                    Some(mount) => format!("mounts[{mount}].path"),
+                    None => "root.source".to_owned(),
+                },
+                reason: format!("{}: {reason}", path.display()),
             };
-            if self.shares.contains_key(&mount.path) {
+            if self.shares.contains_key(path) {
                 continue;
             }
-            if self.share_of(&mount.path).is_some() {
+            if self.share_of(path).is_some() {
                 return Err(flaw(
                     "within a directory that is mounted; the simulator takes that one only",
                 ));
             }
-            if !self.disk.has_dir(&mount.path) {
+            if !self.disk.has_dir(path) {
                 return Err(flaw("no such directory"));
             }
-            let within = self.shares.keys().find(|path| path.starts_with(&mount.path));
-            let listed = mounts[..index].iter().map(|it| &it.path);
-            let clashes =
-                |path: &&PathBuf| path.starts_with(&mount.path) || mount.path.starts_with(path);
-            if within.or_else(|| listed.into_iter().find(clashes)).is_some() {
+            let around = self.shares.keys().any(|share| share.starts_with(path));
+            let clashes = |other: &&Path| other.starts_with(path) || path.starts_with(other);
+            if around || paths[..index].iter().any(clashes) {
                 return Err(flaw(
                     "around or within another one; the simulator takes one of them only",
                 ));
             }
         }
+        shared_root::check(config, |path| self.entry(path))
+    }
+
+    /// Says what is at a path.
+    fn entry(&self, path: &Path) -> Entry {
+        if let Some((share, below)) = self.share_of(path) {
+            return self.shares.get(share).map_or(Entry::Missing, |dir| dir.entry(&below));
+        }
+        if self.disk.has_dir(path) {
+            Entry::Directory
+        } else if self.disk.has_file(path) {
+            Entry::Other
+        } else {
+            Entry::Missing
+        }
+    }
+
+    /// Makes a directory that holds what guests with these programs begin with.
+    pub(super) fn make_guest_root(
+        &mut self,
+        path: &Path,
+        programs: &ProgramRegistry,
+    ) -> io::Result<()> {
+        let near = |share: &PathBuf| share.starts_with(path) || path.starts_with(share);
+        if self.entry(path) != Entry::Missing || self.shares.keys().any(near) {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        self.disk.create_dir_all(path)?;
+        self.shares.insert(path.to_path_buf(), SharedDir::guest_root(programs));
         Ok(())
     }
 
-    /// Makes directories ones that guests mount.
-    pub(crate) fn share(&mut self, mounts: &[MountConfig]) -> Result<(), MachineError> {
-        self.check_mounts(mounts)?;
-        for MountConfig { path, .. } in mounts {
+    /// Gives the directory of a shared root, and the room that the host has beside what is in it.
+    pub(crate) fn root_in_hand(
+        &mut self,
+        config: &VmConfig,
+        capacity: u64,
+    ) -> Option<RootInHand<'_>> {
+        let room = capacity.saturating_sub(self.used());
+        let root = shared_by(config).next().filter(|_| config.root.shared_directory().is_some())?;
+        let dir = self.shares.get_mut(root.path)?;
+        Some(RootInHand { dir, read_only: root.read_only, room })
+    }
+
+    /// Makes directories ones that guests have.
+    pub(crate) fn share(&mut self, config: &VmConfig) -> Result<(), MachineError> {
+        self.check_shares(config)?;
+        for Share { path, .. } in shared_by(config) {
             if self.shares.contains_key(path) {
                 continue;
             }
@@ -82,25 +145,25 @@ impl HostState {
                     reason: error.to_string(),
                 })?;
             }
-            self.shares.insert(path.clone(), dir);
+            self.shares.insert(path.to_path_buf(), dir);
         }
         Ok(())
     }
 
-    /// Puts what a guest mounts into its hands.
-    pub(crate) fn give_shares(&mut self, mounts: &[MountConfig], os: &mut SimOs, capacity: u64) {
+    /// Puts what a guest has of the host into its hands.
+    pub(crate) fn give_shares(&mut self, config: &VmConfig, os: &mut SimOs, capacity: u64) {
         let room = capacity.saturating_sub(self.used());
-        for (index, mount) in mounts.iter().enumerate() {
-            if let Some(dir) = self.shares.get_mut(&mount.path) {
-                os.give_share(index, dir, mount.read_only, room);
+        for (index, share) in shared_by(config).enumerate() {
+            if let Some(dir) = self.shares.get_mut(share.path) {
+                os.give_share(index, dir, share.read_only, room);
             }
         }
     }
 
-    /// Takes what a guest mounts back.
-    pub(crate) fn take_shares(&mut self, mounts: &[MountConfig], os: &mut SimOs) {
-        for (index, mount) in mounts.iter().enumerate() {
-            if let Some(dir) = self.shares.get_mut(&mount.path) {
+    /// Takes what a guest has of the host back.
+    pub(crate) fn take_shares(&mut self, config: &VmConfig, os: &mut SimOs) {
+        for (index, share) in shared_by(config).enumerate() {
+            if let Some(dir) = self.shares.get_mut(share.path) {
                 os.take_share(index, dir);
             }
         }

@@ -99,7 +99,7 @@ impl Hypervisor for SimHypervisor {
     }
 
     fn check(&self, config: &VmConfig) -> Result<(), MachineError> {
-        self.world.host().check_mounts(&config.mounts)
+        self.world.host().check_shares(config)
     }
 
     async fn create(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>, MachineError> {
@@ -161,8 +161,13 @@ impl SimMachine {
                 .collect(),
             host_loopback: matches!(config.network, NetworkConfig::Tsi(_)),
         };
-        let os = SimOs::new(os, Arc::clone(&self.world().programs))
-            .map_err(|error| MachineError::Failed(error.to_string()))?;
+        let programs = Arc::clone(&self.world().programs);
+        let capacity = self.world().limits.disk_bytes;
+        let os = match self.world().host().root_in_hand(config, capacity) {
+            Some(root) => SimOs::on_shared_root(os, programs, root),
+            None => SimOs::new(os, programs),
+        };
+        let os = os.map_err(|error| MachineError::Failed(error.to_string()))?;
         state.console.line("Linux version 6.12.0-twinvm (simulated)");
         state.console.line(&format!(
             "{} vCPUs, {} of memory, {} disks",

@@ -105,7 +105,7 @@ impl Shared {
         {
             let mut host = world.host();
             host.reserve(&world.limits, spec.config.memory)?;
-            let begun = host.share(&spec.config.mounts).and_then(|()| {
+            let begun = host.share(&spec.config).and_then(|()| {
                 let Some(path) = file else { return Ok(()) };
                 host.begin_console(path).map_err(|error| {
                     let (path, reason) = (path.display().to_string(), error.to_string());
@@ -262,16 +262,16 @@ impl Shared {
         self.changed.notify_waiters();
     }
 
-    /// Lets the guest do something with what it mounts of the host in hand.
+    /// Lets the guest do something with what it has of the host in hand.
     fn with_shares<T>(&self, guest: &mut Guest, act: impl FnOnce(&mut Guest) -> T) -> T {
-        let mounts = &self.spec.config.mounts;
-        if mounts.is_empty() {
+        let config = &self.spec.config;
+        if config.mounts.is_empty() && config.root.shared_directory().is_none() {
             return act(guest);
         }
         let capacity = self.world.limits.disk_bytes;
-        self.world.host().give_shares(mounts, &mut guest.os, capacity);
+        self.world.host().give_shares(config, &mut guest.os, capacity);
         let done = act(guest);
-        self.world.host().take_shares(mounts, &mut guest.os);
+        self.world.host().take_shares(config, &mut guest.os);
         done
     }
 

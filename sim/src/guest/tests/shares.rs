@@ -1,8 +1,11 @@
 //! Directories of the host, and limits.
 
 use super::{boot, config, run, sh, spec};
-use crate::guest::{OsConfig, ProgramRegistry, ShareSetup, SharedDir, SimOs};
+use crate::guest::{
+    OsConfig, ProgramRegistry, RootInHand, SetupError, ShareSetup, SharedDir, SimOs,
+};
 use std::sync::Arc;
+use vm_core::shared_root::Entry;
 use vm_guest_agent::os::{Errno, GuestOs, SpawnSpec};
 use vm_guest_protocol::ResourceLimit;
 
@@ -99,6 +102,66 @@ fn what_is_not_durable_is_lost_with_the_host() {
     dir.crash();
     assert_eq!(content(&dir, "kept").unwrap(), b"kept\n");
     assert_eq!(content(&dir, "lost"), None);
+}
+
+/// Boots a guest whose root is a directory of the host, with another directory in it.
+fn on_root(dir: &mut SharedDir, read_only: bool) -> Result<SimOs, SetupError> {
+    let shares = vec![ShareSetup { mount: "/srv/it".to_owned() }];
+    let config = OsConfig { shares, ..config() };
+    let root = RootInHand { dir, read_only, room: 1 << 20 };
+    SimOs::on_shared_root(config, Arc::new(ProgramRegistry::new()), root)
+}
+
+#[test]
+fn a_root_of_the_host_s_is_the_root_of_every_path() {
+    let mut dir = SharedDir::guest_root(&ProgramRegistry::new());
+    assert!(on_root(&mut dir, true).is_err(), "there is no /srv/it, and none can be made");
+    let mut os = on_root(&mut dir, false).unwrap();
+    let script = "echo own > /tmp/file; echo root > /file; cd /srv/it; pwd; cd ..; pwd; cd /tmp/..; \
+                  pwd; cat file tmp/../file ../file; ls -d /../srv; rmdir /tmp /srv/it / 2>/dev/null; \
+                  mv /tmp /other 2>/dev/null; ls /tmp";
+    let ran = with(&mut os, &mut dir, false, |os| sh(os, script));
+    assert_eq!(ran.stdout, "/srv/it\n/srv\n/\nroot\nroot\nroot\n/../srv\nfile\n", "{}", ran.stderr);
+    assert_eq!(content(&dir, "file").unwrap(), b"root\n");
+    assert_eq!(content(&dir, "tmp/file"), None);
+    assert!(on_root(&mut dir, true).is_ok(), "the places are there by now");
+}
+
+#[test]
+fn a_root_without_places_gets_them_where_it_can() {
+    let mut dir = SharedDir::default();
+    let lacking = on_root(&mut dir, true).unwrap_err();
+    assert_eq!(lacking, SetupError::Root { place: "dev" });
+    on_root(&mut dir, false).unwrap();
+    assert!(
+        ["dev", "proc", "run", "sys", "tmp", "srv/it"]
+            .iter()
+            .all(|it| dir.entry(it.as_ref()) == Entry::Directory)
+    );
+}
+
+#[test]
+fn a_loaded_guest_finds_what_was_mounted_in_its_root_by_path() {
+    let mut dir = SharedDir::guest_root(&ProgramRegistry::new());
+    let mut inside = SharedDir::default();
+    let os = on_root(&mut dir, false).unwrap();
+    let mut loaded = SimOs::load(&os.save().unwrap(), Arc::new(ProgramRegistry::new())).unwrap();
+    // The same paths in another order have other numbers.
+    let mut other = SharedDir::guest_root(&ProgramRegistry::new());
+    other.make_dirs("first/second".as_ref()).unwrap();
+    other.make_dirs("srv/it".as_ref()).unwrap();
+    let mut both = |os: &mut SimOs, script: &str| {
+        with(os, &mut other, false, |os| {
+            os.give_share(1, &mut inside, false, 1 << 20);
+            let ran = sh(os, script);
+            os.take_share(1, &mut inside);
+            ran
+        })
+    };
+    let ran = both(&mut loaded, "echo text > /srv/it/file; ls -d /first/second; ls /first/second");
+    assert_eq!(ran.stdout, "/first/second\n", "{}", ran.stderr);
+    assert_eq!(content(&inside, "file").unwrap(), b"text\n");
+    assert_eq!(content(&other, "srv/it/file"), None);
 }
 
 #[test]

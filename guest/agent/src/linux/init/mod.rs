@@ -17,8 +17,9 @@
 //!
 //! # Where files are kept
 //!
-//! `/tmp` is the root's own directory where the root can be written to, else a file system in memory. Where the root
-//! is a disk, what is written to it is kept in memory, and what the machine was started from is emptied.
+//! `/tmp` is the root's own directory where the root can be written to and is no directory of the host, else a file
+//! system in memory. Where the root is a disk, what is written to it is kept in memory. Where it is another one than the
+//! initial file system, what the machine was started from is emptied.
 
 mod console;
 mod disks;
@@ -107,15 +108,19 @@ fn set_up(started: Instant) -> Result<Listener, Failed> {
     let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     modules::load_all(&config.modules, &command_line)?;
     root::enter(&config)?;
-    let read_only = match config.root {
-        BootRoot::Initial { read_only } | BootRoot::Disk { read_only, .. } => read_only,
+    let keeps_temporary = match config.root {
+        BootRoot::Initial { read_only } | BootRoot::Disk { read_only, .. } => !read_only,
+        BootRoot::Shared { .. } => false,
     };
-    mounts::temporary(read_only)?;
+    mounts::temporary(keeps_temporary)?;
     disks::mount_all(&config.disks)?;
-    shares::mount_all(&config.shares)?;
-    remove_image_dir();
-    if let BootRoot::Initial { read_only: true } = config.root {
-        mounts::forbid_writing("/")?;
+    shares::mount_all(&config)?;
+    if let BootRoot::Initial { read_only } = config.root {
+        // Every other root came with that directory's end, and a directory of its name is the user's.
+        remove_image_dir();
+        if read_only {
+            mounts::forbid_writing("/")?;
+        }
     }
     // Programs may need it; the agent does not, nor a guest whose kernel has no network.
     if let Err(error) = ffi::set_interface_up("lo") {

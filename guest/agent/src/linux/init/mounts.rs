@@ -45,9 +45,6 @@ const LINKS: [(&str, &str); 4] = [
     ("/dev/stderr", "/proc/self/fd/2"),
 ];
 
-/// The directories on which [`devices`] and [`basics`] mount, with what is mounted below them, and `/tmp`.
-pub(super) const PLACES: [&str; 5] = ["dev", "proc", "sys", "run", "tmp"];
-
 /// Mounts `/dev`.
 pub(super) fn devices() -> Result<(), Failed> {
     let flags = MountFlags::NOSUID;
@@ -68,9 +65,9 @@ pub(super) fn basics() -> Result<(), Failed> {
     Ok(())
 }
 
-/// Gives programs a `/tmp` to write to.
-pub(super) fn temporary(read_only_root: bool) -> Result<(), Failed> {
-    if !read_only_root && fs::metadata("/tmp").is_ok_and(|it| it.is_dir()) {
+/// Gives programs a `/tmp` to write to: the root's own, if that will do and it has one.
+pub(super) fn temporary(keeps_own: bool) -> Result<(), Failed> {
+    if keeps_own && fs::metadata("/tmp").is_ok_and(|it| it.is_dir()) {
         return Ok(());
     }
     Basic { kind: "tmpfs", at: "/tmp", flags: PRIVATE, options: c"mode=1777", needed: true }.mount()

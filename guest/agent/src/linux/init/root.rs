@@ -1,6 +1,6 @@
 //! The root of the machine.
 
-use super::{Failed, disks, mounts};
+use super::{Failed, disks, mounts, shares};
 use rustix::{
     fs::{AtFlags, CWD, Mode},
     mount::{MountFlags, UnmountFlags},
@@ -15,7 +15,7 @@ use vm_guest_protocol::boot::{BootConfig, BootRoot};
 
 const STAGE: &str = "root";
 
-/// The disk's own file system; a file system in memory; both together.
+/// The disk's own file system; a file system in memory; both together, or a directory of the host.
 const LOWER: &str = "/twinvm/lower";
 const LAYER: &str = "/twinvm/layer";
 const MERGED: &str = "/twinvm/merged";
@@ -29,8 +29,14 @@ const IN_MEMORY: [i64; 2] = [0x8584_58f6, 0x0102_1994];
 
 /// Makes the configured root that of this process and of all that will descend from it.
 pub(super) fn enter(config: &BootConfig) -> Result<(), Failed> {
-    let BootRoot::Disk { serial, read_only } = &config.root else {
-        return Ok(());
+    let (serial, read_only) = match &config.root {
+        BootRoot::Initial { .. } => return Ok(()),
+        BootRoot::Disk { serial, read_only } => (serial, read_only),
+        BootRoot::Shared { read_only } => {
+            mounts::make_dir(MERGED.as_ref()).map_err(Failed::at(STAGE, MERGED))?;
+            shares::mount_root(MERGED, *read_only)?;
+            return switch(MERGED);
+        }
     };
     let device = disks::find(STAGE, serial)?;
     for place in [LOWER, LAYER, MERGED] {
@@ -54,7 +60,7 @@ pub(super) fn enter(config: &BootConfig) -> Result<(), Failed> {
 fn missing_places(config: &BootConfig) -> Vec<PathBuf> {
     let disks = config.disks.iter().map(|disk| disk.mount.trim_start_matches('/'));
     let shares = config.shares.iter().map(|share| share.mount.trim_start_matches('/'));
-    let places = mounts::PLACES.into_iter().chain(disks).chain(shares).map(PathBuf::from);
+    let places = BootRoot::PLACES.into_iter().chain(disks).chain(shares).map(PathBuf::from);
     places.filter(|place| !Path::new(LOWER).join(place).is_dir()).collect()
 }
 
@@ -104,7 +110,7 @@ fn overlay(options: String, flags: MountFlags) -> Result<&'static str, Failed> {
 
 /// Moves everything over to the new root and leaves the old one, as switch_root(8) does.
 fn switch(new: &str) -> Result<(), Failed> {
-    for place in mounts::PLACES.into_iter().filter(|place| *place != "tmp") {
+    for place in BootRoot::PLACES.into_iter().filter(|place| *place != "tmp") {
         let (old, new) = (Path::new("/").join(place), Path::new(new).join(place));
         let moved = mounts::make_dir(&new).and_then(|()| {
             // Through a link the place could be one in the old root.

@@ -8,7 +8,7 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
-use vm_guest_protocol::boot::BootShare;
+use vm_guest_protocol::boot::{BootConfig, BootRoot, BootShare};
 
 const STAGE: &str = "shares";
 
@@ -24,21 +24,17 @@ const PAUSE: Duration = Duration::from_millis(10);
 /// of it is once they have no use for its parent.
 const PLACE: &str = "/run/twinvm-shares";
 
-/// Mounts host directories. No program gains rights by a file of the host, and none of its devices is the guest's.
-pub(super) fn mount_all(shares: &[BootShare]) -> Result<(), Failed> {
-    if shares.is_empty() {
+/// Mounts host directories beside the root. No program gains rights by a file of them, and none of their devices is the
+/// guest's.
+pub(super) fn mount_all(config: &BootConfig) -> Result<(), Failed> {
+    let has_device = matches!(config.root, BootRoot::Shared { .. });
+    if config.shares.is_empty() && !has_device {
         return Ok(());
     }
-    let known = fs::read_to_string("/proc/filesystems").map_err(Failed::at(STAGE, KIND))?;
-    if !is_known(&known) {
-        return Err(Failed::new(
-            STAGE,
-            "this kernel has no virtiofs: neither built in nor as a module",
-        ));
+    if !has_device {
+        mount_device(STAGE)?;
     }
-    mounts::make_dir(PLACE.as_ref()).map_err(Failed::at(STAGE, PLACE))?;
-    mount_device().map_err(Failed::at(STAGE, format_args!("{} at {PLACE}", BootShare::TAG)))?;
-    for share in shares {
+    for share in &config.shares {
         mounts::make_dir(share.mount.as_ref()).map_err(Failed::at(STAGE, &share.mount))?;
         bind(share)
             .map_err(Failed::at(STAGE, format_args!("{} at {}", share.name, share.mount)))?;
@@ -48,12 +44,36 @@ pub(super) fn mount_all(shares: &[BootShare]) -> Result<(), Failed> {
         .map_err(Failed::at(STAGE, PLACE))
 }
 
+/// Mounts the directory of the host that is to be the root, before all others. Programs gain rights by its files, as by
+/// those of every root.
+pub(super) fn mount_root(at: &str, read_only: bool) -> Result<(), Failed> {
+    const STAGE: &str = "root";
+    mount_device(STAGE)?;
+    let mut flags = MountFlags::BIND | MountFlags::NODEV;
+    flags.set(MountFlags::RDONLY, read_only);
+    rustix::mount::mount_bind(Path::new(PLACE).join(BootShare::ROOT), at)
+        .and_then(|()| rustix::mount::mount_remount(at, flags, c""))
+        .map_err(Failed::at(STAGE, "the host's directory"))
+}
+
+fn mount_device(stage: &'static str) -> Result<(), Failed> {
+    let known = fs::read_to_string("/proc/filesystems").map_err(Failed::at(stage, KIND))?;
+    if !is_known(&known) {
+        return Err(Failed::new(
+            stage,
+            "this kernel has no virtiofs: neither built in nor as a module",
+        ));
+    }
+    mounts::make_dir(PLACE.as_ref()).map_err(Failed::at(stage, PLACE))?;
+    wait_and_mount().map_err(Failed::at(stage, format_args!("{} at {PLACE}", BootShare::TAG)))
+}
+
 /// Says whether a list of file systems, as the kernel writes it, has virtiofs.
 fn is_known(list: &str) -> bool {
     list.lines().any(|line| line.split_ascii_whitespace().next_back() == Some(KIND))
 }
 
-fn mount_device() -> rustix::io::Result<()> {
+fn wait_and_mount() -> rustix::io::Result<()> {
     let end = Instant::now() + PATIENCE;
     loop {
         match rustix::mount::mount(BootShare::TAG, PLACE, KIND, NEITHER, c"") {
