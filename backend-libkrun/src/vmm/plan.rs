@@ -1,6 +1,6 @@
 //! [`Plan`]: what a machine is made of.
 
-use super::{place::Place, ports::HostPorts, tree::Tree};
+use super::{passt::Passt, place::Place, ports::HostPorts, tree::Tree};
 use rustix::fs::MemfdFlags;
 use std::{
     ffi::CString,
@@ -50,6 +50,8 @@ pub(super) struct Plan {
     pub(super) place: Place,
     pub(super) console_device: ConsoleDevice,
     pub(super) network: NetworkConfig,
+    /// By what the guest's packets reach the host, where its network is of packets.
+    pub(super) passt: Option<Passt>,
     /// Nobody else has them as long as the machine is there.
     _ports: HostPorts,
 }
@@ -71,9 +73,13 @@ impl Plan {
         set_up: &MachineSetUp,
         fds: Vec<OwnedFd>,
     ) -> Result<(Self, Console), Refusal> {
-        // All host directories come by one device, as does a console that is virtio's.
-        let shares = usize::from(!set_up.shares.is_empty());
-        let beside = shares + usize::from(set_up.console_device == ConsoleDevice::Virtio);
+        // All host directories come by one device; a console that is virtio's is another, and so is a network of packets.
+        let beside = [
+            !set_up.shares.is_empty(),
+            set_up.console_device == ConsoleDevice::Virtio,
+            matches!(set_up.network, NetworkConfig::Passt(_)),
+        ];
+        let beside = beside.into_iter().filter(|is_there| *is_there).count();
         let others = beside + set_up.disks.len();
         if others > MOST_OTHERS {
             let reason = format!(
@@ -103,6 +109,8 @@ impl Plan {
                 .map_err(|error| config("disks", error.to_string()))?;
             disks.push(Disk { serial, read_only: disk.read_only, file: next("disks")? });
         }
+        // Before this process may become one of another user namespace.
+        let (ports, mut passt) = network_of(set_up)?;
         let place = Place::new();
         let place = place.map_err(|error| failed("a place for the agent's socket", error))?;
         let mut shared = Vec::new();
@@ -115,7 +123,6 @@ impl Plan {
                 Tree::new(&shared).map_err(|error| failed("a tree of host directories", error))?,
             ),
         };
-        let ports = HostPorts::reserve(set_up.network.ports())?;
         if fds.next().is_some() {
             return Err(Refusal::Failed("too many descriptors came".to_owned()));
         }
@@ -128,6 +135,9 @@ impl Plan {
             return Err(config("memory_mib", reason));
         }
         let console = Console::new(ring, set_up.console_ring_bytes, log);
+        if let Some(passt) = &mut passt {
+            passt.await_ready(set_up.network.ports())?;
+        }
         let plan = Self {
             vcpus: set_up.vcpus,
             memory_mib: set_up.memory_mib,
@@ -139,6 +149,7 @@ impl Plan {
             place,
             console_device: set_up.console_device,
             network: set_up.network.clone(),
+            passt,
             _ports: ports,
         };
         Ok((plan, console))
@@ -149,8 +160,24 @@ impl Plan {
         let mut fds = vec![self.kernel.as_fd(), self.initrd.as_fd(), self.place.as_fd()];
         fds.extend(self.disks.iter().map(|disk| disk.file.as_fd()));
         fds.extend(self.shares.as_ref().map(AsFd::as_fd));
+        fds.extend(self.passt.as_ref().and_then(Passt::packets));
         fds
     }
+}
+
+/// Takes the ports of a machine, and starts passt where its network needs it.
+fn network_of(set_up: &MachineSetUp) -> Result<(HostPorts, Option<Passt>), Refusal> {
+    let mapped = set_up.network.ports();
+    let mut ports = HostPorts::reserve(mapped)?;
+    let passt = match (&set_up.network, &set_up.passt) {
+        (NetworkConfig::Passt(_), Some(program)) => {
+            ports.leave();
+            Some(Passt::start(program, mapped)?)
+        }
+        (NetworkConfig::Passt(_), None) => return Err(config("network", "no passt was named")),
+        _ => None,
+    };
+    Ok((ports, passt))
 }
 
 /// Puts the command line together, without what libkrun adds at its end.

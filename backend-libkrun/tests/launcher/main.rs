@@ -51,6 +51,7 @@ fn set_up(cmdline: &str) -> ToLauncher {
         shares: Vec::new(),
         vsock_cid: 3,
         network: vm_trait::NetworkConfig::None,
+        passt: None,
     }))
 }
 

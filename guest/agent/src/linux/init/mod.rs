@@ -1,7 +1,8 @@
 //! The agent as the first process of a machine.
 //!
 //! [`run`] does what [`BootConfig`] says, in this order: what Linux programs expect below `/dev`, `/proc`, `/sys`
-//! and `/run`; kernel modules; the root; `/tmp`; disks; host directories; then it listens on vsock and serves until the machine ends.
+//! and `/run`; kernel modules; the root; `/tmp`; disks; host directories; the network; then it listens on vsock and serves until
+//! the machine ends.
 //!
 //! # When something fails
 //!
@@ -25,6 +26,7 @@ mod disks;
 mod end;
 mod modules;
 mod mounts;
+mod network;
 mod root;
 mod shares;
 
@@ -113,6 +115,9 @@ fn set_up(started: Instant) -> Result<Listener, Failed> {
     mounts::temporary(read_only)?;
     disks::mount_all(&config.disks)?;
     shares::mount_all(&config.shares)?;
+    if let Some(network) = &config.network {
+        network::set_up(network)?;
+    }
     remove_image_dir();
     if let BootRoot::Initial { read_only: true } = config.root {
         mounts::forbid_writing("/")?;
