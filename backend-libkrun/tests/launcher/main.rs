@@ -2,6 +2,7 @@
 #![cfg(any(feature = "vendored", feature = "system"))]
 
 mod network;
+mod passt;
 
 use std::{
     fs::File,
