@@ -220,7 +220,9 @@ fn passt_has_nothing_that_it_does_not_need_and_ends_with_its_launcher() {
             }
             signal(launcher, "-KILL");
             soon("the end of passt", || !is_there(passt));
-            soon("the end of the machine", || vm.state() != VmState::Running && vm.state() != VmState::Paused);
+            soon("the end of the machine", || {
+                vm.state() != VmState::Running && vm.state() != VmState::Paused
+            });
             assert!(TcpListener::bind(("127.0.0.1", mapped)).is_ok());
         }
     });

@@ -459,7 +459,10 @@ async fn kept_from_host(ctx: &Context) -> Verdict {
         is_refused(ctx, &machine.vm, "127.0.0.1", there).await?;
     }
     let accepted = vm_core::env::timeout(&**ctx.env(), millis(ctx, 100, 300), listener.accept());
-    ensure!(accepted.await.is_err(), "a guest with passt reached a listener of its host's loopback");
+    ensure!(
+        accepted.await.is_err(),
+        "a guest with passt reached a listener of its host's loopback"
+    );
     let _echo = machine.echo(ctx).await?;
     machine.echoes(ctx, "beside what is not reached").await
 }

@@ -20,6 +20,10 @@ const PAUSE: Duration = Duration::from_millis(5);
 /// Where network devices are listed.
 const LIST: &str = "/sys/class/net";
 
+/// Where the kernel is told how a device is to be used, and in which file that it tells its address when it is turned on.
+const SETTINGS: &str = "/proc/sys/net/ipv4/conf";
+const ANNOUNCE: &str = "arp_notify";
+
 /// Where programs read who resolves names.
 const RESOLVERS: &str = "/etc/resolv.conf";
 
@@ -28,6 +32,10 @@ pub(super) fn set_up(network: &BootNetwork) -> Result<(), Failed> {
     let device = find(&network.mac)?;
     let fail = |error| Failed::at(STAGE, &device)(error);
     ffi::set_interface_address(&device, network.address, network.netmask()).map_err(fail)?;
+    // Passt learns by the first packet where to send its own; until then it sends to everybody, which TCP does not take.
+    if let Err(error) = fs::write(Path::new(SETTINGS).join(&device).join(ANNOUNCE), "1") {
+        console::say(&format_args!("{device} is not announced: {error}"));
+    }
     ffi::set_interface_up(&device).map_err(fail)?;
     ffi::add_default_route(network.gateway)
         .map_err(Failed::at(STAGE, format_args!("route by {}", network.gateway)))?;
