@@ -37,6 +37,7 @@ pub use hypervisor::{KrunHypervisor, KrunHypervisorBuilder, SetupError};
 pub use vm_launcher::{
     control,
     life::StageTimes,
+    passt,
     program::{LauncherKind, LauncherProgram, NoLauncher},
 };
 
