@@ -12,7 +12,7 @@ FORMAT = "6"
 LAB_FAILED = 125
 
 # Where the lab has its copy of passt, which runs as a user who may not reach the target directory.
-PASST = "/run/lab/passt"
+PASST = "/run/lab/passt/passt"
 
 WORKSPACE = Path(__file__).resolve().parent.parent
 

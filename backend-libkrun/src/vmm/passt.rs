@@ -30,9 +30,8 @@ use vm_launcher::{
 };
 use vm_trait::PortForward;
 
-/// The descriptors on which passt finds the guest's packets, and says that it is ready.
+/// The descriptor on which passt finds the guest's packets; all others but the standard ones it closes.
 const PACKETS_FD: i32 = 3;
-const READY_FD: i32 = 4;
 
 /// How long it may take until it is ready.
 const PATIENCE: Timespec = Timespec { tv_sec: 20, tv_nsec: 0 };
@@ -98,18 +97,16 @@ impl Passt {
         }
         let mut command = Command::new(program);
         command.args(arguments(ports)).env_clear().current_dir("/");
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(its_said);
+        command.stdin(Stdio::null()).stderr(its_said);
         if as_nobody {
             // It opens the pipe by its name.
             let (user, group) = (Uid::from_raw(NOBODY), Gid::from_raw(NOBODY));
             rustix::fs::fchown(&its_ready, Some(user), Some(group))?;
             command.uid(NOBODY).gid(NOBODY);
         }
+        command.stdout(its_ready);
         command
-            .fd_mappings(vec![
-                FdMapping { parent_fd: its_packets, child_fd: PACKETS_FD },
-                FdMapping { parent_fd: its_ready, child_fd: READY_FD },
-            ])
+            .fd_mappings(vec![FdMapping { parent_fd: its_packets, child_fd: PACKETS_FD }])
             .map_err(io::Error::other)?;
         let launcher = rustix::process::getpid();
         // SAFETY: what runs between fork and exec makes two system calls and allocates nothing.
@@ -216,19 +213,20 @@ fn arguments(ports: &[PortForward]) -> Vec<String> {
     let mac = PASST_MAC.map(|byte| format!("{byte:02x}")).join(":");
     let options = [
         ("--fd", PACKETS_FD.to_string()),
-        ("--pid", format!("/proc/self/fd/{READY_FD}")),
+        ("--pid", "/proc/self/fd/1".to_owned()),
         ("--address", network.address.to_string()),
         ("--netmask", network.prefix.to_string()),
         ("--gateway", network.gateway.to_string()),
         ("--mac-addr", mac),
         ("--dns-forward", network.resolver.to_string()),
         ("--udp-ports", "none".to_owned()),
+        // Without this option passt is of before August 2024, and has connections wait in which the guest is to speak first.
+        ("--map-host-loopback", "none".to_owned()),
     ];
     let flags = [
         "--foreground",
         "--quiet",
         "--ipv4-only",
-        "--no-map-gw",
         "--no-dhcp",
         "--no-dhcpv6",
         "--no-ndp",
