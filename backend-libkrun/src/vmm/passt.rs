@@ -96,7 +96,8 @@ impl Passt {
             rustix::fs::fcntl_setfl(end, rustix::fs::fcntl_getfl(end)? | OFlags::NONBLOCK)?;
         }
         let mut command = Command::new(program);
-        command.args(arguments(ports)).env_clear().current_dir("/");
+        // By its name it knows what it is to do.
+        command.arg0("passt").args(arguments(ports)).env_clear().current_dir("/");
         command.stdin(Stdio::null()).stderr(its_said);
         if as_nobody {
             // It opens the pipe by its name.
