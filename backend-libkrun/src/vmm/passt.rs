@@ -40,8 +40,9 @@ const PATIENCE: Timespec = Timespec { tv_sec: 20, tv_nsec: 0 };
 const STOPPED: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(1);
 
-/// How much of what it says is told: the last of it.
-const WORDS: usize = 4 << 10;
+/// How much of what it says is told: the beginning, which is followed by a list of options where it was told something that it
+/// does not know.
+const WORDS: usize = 1 << 10;
 
 /// Whom passt runs as where this process is the superuser; it would become that by itself, and then outlive us.
 const NOBODY: u32 = 65_534;
@@ -185,9 +186,9 @@ impl Passt {
         let mut words = Vec::new();
         // It ends where the pipe is empty.
         let _ = self.said.read_to_end(&mut words);
-        let words = &words[words.len().saturating_sub(WORDS)..];
+        words.truncate(WORDS);
         let how = status.map_or_else(|| "it is gone".to_owned(), |status| status.to_string());
-        match String::from_utf8_lossy(words).trim() {
+        match String::from_utf8_lossy(&words).trim() {
             "" => how,
             words => format!("{how}: {words}"),
         }
