@@ -298,6 +298,28 @@ mod tests {
     }
 
     #[test]
+    fn networks_need_what_kernels_may_lack() {
+        for (has_tsi, drives_virtio_net) in
+            [(false, false), (false, true), (true, false), (true, true)]
+        {
+            let kernel = KernelTraits {
+                finds_devices_by_acpi: true,
+                drives_serial_port: true,
+                has_tsi,
+                drives_virtio_net,
+            };
+            let is_there = |network| match check_network(kernel, &network) {
+                Ok(()) => true,
+                Err(MachineError::Config { field, .. }) if field == "network" => false,
+                Err(other) => panic!("{other}"),
+            };
+            assert!(is_there(NetworkConfig::None));
+            assert_eq!(is_there(NetworkConfig::tsi()), has_tsi);
+            assert_eq!(is_there(NetworkConfig::passt()), drives_virtio_net);
+        }
+    }
+
+    #[test]
     fn every_change_of_a_tree_is_seen() {
         let dir = TempDir::new().unwrap();
         let at = |name: &str| dir.path().join(name);
