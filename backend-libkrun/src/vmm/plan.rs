@@ -33,6 +33,9 @@ const OWN_DEVICES: usize = 3;
 /// How many devices more libkrun has interrupt lines for.
 const MOST_OTHERS: usize = 8;
 
+/// How much of a file is copied at a time.
+const STEP: usize = 64 << 20;
+
 /// Spaces and dashes that libkrun adds.
 const SEPARATORS: usize = 16;
 
@@ -199,12 +202,13 @@ fn command_line(console: ConsoleDevice, user: &str, others: usize) -> Result<CSt
 fn joined(parts: Vec<File>) -> io::Result<File> {
     let whole = rustix::fs::memfd_create("twinvm-initrd", MemfdFlags::CLOEXEC)?;
     let mut whole = File::from(whole);
-    for mut part in parts {
+    for part in parts {
         let at = whole.stream_position()?.next_multiple_of(4);
         whole.set_len(at)?;
         whole.seek(io::SeekFrom::Start(at))?;
-        part.rewind()?;
-        io::copy(&mut part, &mut whole)?;
+        // Other launchers have the same file open, and its position with it, so that is left alone.
+        let mut at = 0;
+        while rustix::fs::sendfile(&whole, &part, Some(&mut at), STEP)? > 0 {}
     }
     // Libkrun lets it end where memory does, and it has to begin with a page.
     let length = whole.stream_position()?.next_multiple_of(PAGE);
@@ -230,6 +234,32 @@ mod tests {
         whole.read_exact_at(&mut bytes, 0).unwrap();
         assert_eq!(&bytes, b"abcde\0\0\0fg");
         assert_eq!(whole.metadata().unwrap().len(), PAGE);
+    }
+
+    #[test]
+    fn parts_that_others_copy_too_are_whole() {
+        let content: Vec<u8> = (0..4_000_000_u32).flat_map(|at| u8::try_from(at % 251)).collect();
+        let part = file(&content);
+        let copies: Vec<_> = (0..4)
+            .map(|_| {
+                let shared = part.try_clone().unwrap();
+                std::thread::spawn(move || {
+                    for _ in 0..10 {
+                        let whole = joined(vec![shared.try_clone().unwrap()]).unwrap();
+                        let mut bytes = vec![0; 4_000_000];
+                        whole.read_exact_at(&mut bytes, 0).unwrap();
+                        let whole = bytes
+                            .iter()
+                            .zip(0_u32..)
+                            .all(|(byte, at)| u32::from(*byte) == at % 251);
+                        assert!(whole);
+                    }
+                })
+            })
+            .collect();
+        for copy in copies {
+            copy.join().unwrap();
+        }
     }
 
     #[test]
