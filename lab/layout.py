@@ -6,10 +6,13 @@ import shutil
 from pathlib import Path
 
 # Raised whenever `setup` builds something else, so that an older build is replaced.
-FORMAT = "5"
+FORMAT = "6"
 
 # The exit status for a lab that could not do its work, as `docker run` and `env` have it.
 LAB_FAILED = 125
+
+# Where the lab has its copy of passt, which runs as a user who may not reach the target directory.
+PASST = "/run/lab/passt/passt"
 
 WORKSPACE = Path(__file__).resolve().parent.parent
 
@@ -26,6 +29,7 @@ class Layout:
         self.tools = self.root / "tools"
         self.busybox = self.tools / "bin/busybox"
         self.qemu = self.root / "qemu"
+        self.passt = self.root / "passt"
         self.kernel = self.root / "host/vmlinux"
         self.modules = self.root / "host/lib/modules"
         self.initramfs = self.root / "host/initramfs"

@@ -108,7 +108,7 @@ impl KvmHypervisorBuilder {
         };
         let images = Arc::new(Images::new(self.kernel, self.modules));
         Ok(KvmHypervisor {
-            maker: Maker { kind: &LAUNCHER, launcher, images },
+            maker: Maker { kind: &LAUNCHER, launcher, images, passt: None },
             lives: Arc::default(),
             limits: OnceLock::new(),
         })

@@ -59,6 +59,13 @@ impl KrunBackendBuilder {
         self
     }
 
+    /// Sets the passt of machines whose network goes by it. Default [`passt::find`](vm_launcher::passt::find), for each
+    /// machine anew.
+    pub fn with_passt(mut self, path: impl Into<PathBuf>) -> Self {
+        self.hypervisor = self.hypervisor.with_passt(path);
+        self
+    }
+
     /// Sets who listens. Default nobody.
     pub fn with_observer(mut self, observer: Arc<dyn Observer>) -> Self {
         self.observer = observer;

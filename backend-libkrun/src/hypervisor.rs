@@ -8,10 +8,10 @@ use std::{
     sync::{Arc, OnceLock},
 };
 use vm_core::machine::{Hypervisor, Machine, MachineError, MachineSpec};
-use vm_guest_image::{Kernel, KernelError};
+use vm_guest_image::{Kernel, KernelError, KernelModules};
 use vm_launcher::{
     files,
-    images::{self, Images},
+    images::{Images, KernelTraits},
     life::{Lives, StageTimes},
     machine::LauncherMachine,
     parcel::{self, MAX_VCPUS, Maker},
@@ -64,6 +64,7 @@ pub struct KrunHypervisorBuilder {
     launcher: Option<PathBuf>,
     kernel: Option<PathBuf>,
     modules: Option<PathBuf>,
+    passt: Option<PathBuf>,
 }
 
 impl KrunHypervisorBuilder {
@@ -87,7 +88,14 @@ impl KrunHypervisorBuilder {
         self
     }
 
-    /// Makes the hypervisor. A missing kernel is an error of the machine that would need it.
+    /// Sets the passt of machines whose network goes by it. Default [`passt::find`](vm_launcher::passt::find), for each
+    /// machine anew.
+    pub fn with_passt(mut self, path: impl Into<PathBuf>) -> Self {
+        self.passt = Some(path.into());
+        self
+    }
+
+    /// Makes the hypervisor. A missing kernel or passt is an error of the machine that would need it.
     ///
     /// # Errors
     /// [`SetupError`].
@@ -98,7 +106,7 @@ impl KrunHypervisorBuilder {
         };
         let images = Arc::new(Images::new(self.kernel, self.modules).with_libkrunfw());
         Ok(KrunHypervisor {
-            maker: Maker { kind: &LAUNCHER, launcher, images },
+            maker: Maker { kind: &LAUNCHER, launcher, images, passt: self.passt },
             lives: Arc::default(),
             limits: OnceLock::new(),
         })
@@ -111,18 +119,19 @@ impl KrunHypervisor {
         KrunHypervisorBuilder::default()
     }
 
-    /// Gives what machines of this kind can do, on whatever host and with whatever kernel.
+    /// Gives what machines of this kind can do with any kernel.
     #[must_use]
     pub fn claims() -> Capabilities {
         CLAIMS.iter().copied().collect()
     }
 
-    /// Gives what they can do with this kernel. It reads all of the kernel.
+    /// Gives what they can do with this kernel and the modules that [are found](KernelModules::find) for it. It reads all of
+    /// the kernel.
     ///
     /// # Errors
-    /// When the kernel cannot be read.
+    /// When the kernel cannot be read, or lacks modules.
     pub fn claims_with(kernel: &Kernel) -> Result<Capabilities, KernelError> {
-        kernel.has_tsi().map(claims)
+        KernelTraits::of(kernel, &KernelModules::find(kernel, None)?).map(claims)
     }
 
     /// Gives the launcher that runs the machines.
@@ -157,7 +166,7 @@ impl Hypervisor for KrunHypervisor {
 
     fn capabilities(&self) -> Capabilities {
         // Without a kernel there will be no machine, and creating one says so.
-        claims(self.maker.images.check_kernel(None).is_ok_and(|kernel| kernel.has_tsi))
+        self.maker.images.check_kernel(None).map_or_else(|_| Self::claims(), claims)
     }
 
     fn limits(&self) -> HostLimits {
@@ -166,7 +175,7 @@ impl Hypervisor for KrunHypervisor {
 
     fn check(&self, config: &VmConfig) -> Result<(), MachineError> {
         let kernel = self.maker.images.check_kernel(config.kernel.path.as_deref())?;
-        images::check_network(kernel, &config.network)?;
+        self.maker.check_network(kernel, config)?;
         files::check(config)
     }
 
@@ -179,7 +188,8 @@ impl Hypervisor for KrunHypervisor {
     }
 }
 
-fn claims(has_tsi: bool) -> Capabilities {
-    let tsi = has_tsi.then_some(Capability::NetworkTsi);
-    CLAIMS.iter().copied().chain(tsi).collect()
+fn claims(kernel: KernelTraits) -> Capabilities {
+    let tsi = kernel.has_tsi.then_some(Capability::NetworkTsi);
+    let passt = kernel.drives_virtio_net.then_some(Capability::NetworkPasst);
+    CLAIMS.iter().copied().chain(tsi).chain(passt).collect()
 }

@@ -8,18 +8,22 @@
 //! - a kernel, and its modules where vsock and virtio are modules: see
 //!   [`Kernel::find_with_libkrunfw`](vm_guest_image::Kernel::find_with_libkrunfw). It may be the same that machines of KVM
 //!   have, or that of libkrunfw, which alone can do TSI; initial file system and agent are the same with either;
+//! - for a network by way of it, `passt`, named by [`with_passt`](KrunBackendBuilder::with_passt) or the variable
+//!   `TWINVM_PASST`, or found on `PATH`; and a kernel with a driver for virtio's network device;
 //! - a launcher program: see [`LauncherProgram::find`]. The simplest is the program itself: its `main` calls
 //!   [`run_launcher_if_asked`] before anything else. Only a launcher has libkrun in it, so a program that uses another one
 //!   can do without this crate's features.
 //!
 //! # Features
 //!
-//! `vendored` (by default) builds libkrun from its crate into the launcher; `system` links the one that is installed.
+//! `vendored` (by default) builds libkrun from its crate into the launcher; `system` links the one that is installed, which
+//! must have block and network devices.
 //!
 //! # What a machine is on the host
 //!
-//! Two processes, and nothing else: the launcher, which answers the owner, and its child, in which libkrun runs the guest.
-//! The child stands still while the machine is paused. Both end when the owner does, however that comes about.
+//! Two processes, and nothing else: the launcher, which answers the owner, and its child, in which libkrun runs the guest;
+//! and where the network goes by it, a third, which is passt. All but the launcher stand still while the machine is paused.
+//! All end when the owner does, however that comes about.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #![deny(unsafe_code)]
 
@@ -33,6 +37,7 @@ pub use hypervisor::{KrunHypervisor, KrunHypervisorBuilder, SetupError};
 pub use vm_launcher::{
     control,
     life::StageTimes,
+    passt,
     program::{LauncherKind, LauncherProgram, NoLauncher},
 };
 

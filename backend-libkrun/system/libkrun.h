@@ -21,6 +21,8 @@ int krun_add_console_port_tty(unsigned int ctx_id, unsigned int console_id, cons
 int krun_add_disk2(unsigned int ctx_id, const char *block_id, const char *disk_path, unsigned int disk_format,
                    _Bool read_only);
 int krun_add_virtiofs3(unsigned int ctx_id, const char *tag, const char *path, unsigned long shm_size, _Bool read_only);
+int krun_add_net_unixstream(unsigned int ctx_id, const char *path, int fd, unsigned char *mac, unsigned int features,
+                            unsigned int flags);
 int krun_add_vsock(unsigned int ctx_id, unsigned int tsi_features);
 int krun_add_vsock_port2(unsigned int ctx_id, unsigned int port, const char *file_path, _Bool listen);
 int krun_start_enter(unsigned int ctx_id);

@@ -9,6 +9,7 @@
 //! under numbers that count up; each is answered with [`FromLauncher::Reply`] under the same number, in any order.
 
 use serde::{Deserialize, Serialize};
+use std::ffi::OsString;
 use vm_trait::{Inspection, NetworkConfig};
 
 /// The descriptor on which a launcher finds its control socket.
@@ -18,7 +19,7 @@ pub const CONTROL_FD: i32 = 3;
 pub const LIFELINE_FD: i32 = 4;
 
 /// The version of these messages; both sides must have the same.
-pub const CONTROL_VERSION: u32 = 9;
+pub const CONTROL_VERSION: u32 = 10;
 
 /// The largest packet, in bytes.
 pub const MAX_PACKET: usize = 64 << 10;
@@ -102,6 +103,8 @@ pub struct MachineSetUp {
     pub vsock_cid: u32,
     /// The guest's network.
     pub network: NetworkConfig,
+    /// The path of passt, for a network by way of it.
+    pub passt: Option<OsString>,
 }
 
 /// A device that a kernel prints to.

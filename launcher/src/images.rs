@@ -12,7 +12,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 use vm_core::machine::MachineError;
-use vm_guest_image::{Image, Kernel, KernelError, KernelFile, KernelModules};
+use vm_guest_image::{Image, Kernel, KernelError, KernelFile, KernelModules, Need};
 use vm_trait::NetworkConfig;
 
 /// How many initial file systems are kept. Those used least lately are given up; machines that have them keep them.
@@ -44,6 +44,8 @@ pub struct KernelTraits {
     pub drives_serial_port: bool,
     /// Whether it can have the host's sockets in place of its own.
     pub has_tsi: bool,
+    /// Whether it drives virtio's network device, by itself or by a module.
+    pub drives_virtio_net: bool,
 }
 
 /// A kernel and an initial file system with its modules.
@@ -122,7 +124,7 @@ impl Images {
         let fail = |error| config("kernel.path", &error);
         let kernel = found.map_err(fail)?;
         let modules = KernelModules::find(&kernel, self.modules.as_deref()).map_err(fail)?;
-        let traits = KernelTraits::of(&kernel).map_err(fail)?;
+        let traits = KernelTraits::of(&kernel, &modules).map_err(fail)?;
         let stamp = fs::metadata(kernel.path()).map_err(|error| config("kernel.path", &error))?;
         let known = KnownKernel { stamp: stamp_of(&stamp), kernel, modules, traits };
         let mut shelf = lock(&self.shelf);
@@ -202,15 +204,18 @@ impl Images {
 }
 
 impl KernelTraits {
-    /// Reads a kernel for them.
+    /// Reads a kernel for them, which has these modules.
     ///
     /// # Errors
     /// As [`Kernel::elf`].
-    pub fn of(kernel: &Kernel) -> Result<Self, KernelError> {
+    pub fn of(kernel: &Kernel, modules: &KernelModules) -> Result<Self, KernelError> {
+        // Without modules nothing is known of what the kernel has but by its bytes.
+        let by_module = modules.directory().is_some() && modules.supports(Need::Network);
         Ok(Self {
             finds_devices_by_acpi: kernel.finds_virtio_by_acpi()?,
             drives_serial_port: kernel.drives_serial_port()?,
             has_tsi: kernel.has_tsi()?,
+            drives_virtio_net: by_module || kernel.drives_virtio_net()?,
         })
     }
 }
@@ -223,6 +228,10 @@ pub fn check_network(kernel: KernelTraits, network: &NetworkConfig) -> Result<()
     if matches!(network, NetworkConfig::Tsi(_)) && !kernel.has_tsi {
         let reason =
             "TSI needs a kernel that can do it: name a libkrunfw (`libkrunfw.so.5`) as the kernel";
+        return Err(config("network", &reason));
+    }
+    if matches!(network, NetworkConfig::Passt(_)) && !kernel.drives_virtio_net {
+        let reason = "passt needs a kernel with a driver for virtio's network device (virtio_net), built in or among its modules";
         return Err(config("network", &reason));
     }
     Ok(())
@@ -286,6 +295,28 @@ mod tests {
         let mut sum = DefaultHasher::new();
         look_through(root, &mut sum, &mut Duration::default()).unwrap();
         sum.finish()
+    }
+
+    #[test]
+    fn networks_need_what_kernels_may_lack() {
+        for (has_tsi, drives_virtio_net) in
+            [(false, false), (false, true), (true, false), (true, true)]
+        {
+            let kernel = KernelTraits {
+                finds_devices_by_acpi: true,
+                drives_serial_port: true,
+                has_tsi,
+                drives_virtio_net,
+            };
+            let is_there = |network| match check_network(kernel, &network) {
+                Ok(()) => true,
+                Err(MachineError::Config { field, .. }) if field == "network" => false,
+                Err(other) => panic!("{other}"),
+            };
+            assert!(is_there(NetworkConfig::None));
+            assert_eq!(is_there(NetworkConfig::tsi()), has_tsi);
+            assert_eq!(is_there(NetworkConfig::passt()), drives_virtio_net);
+        }
     }
 
     #[test]

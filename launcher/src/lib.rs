@@ -6,7 +6,7 @@
 //! | looking for | look in |
 //! | --- | --- |
 //! | what both sides say to each other | [`control`], [`packet`] |
-//! | the owner's side: which program runs a machine | [`program`] |
+//! | the owner's side: which program runs a machine, and which its network | [`program`], [`passt`] |
 //! | one launcher's life, and the seam's view of it | [`life`], [`machine`] |
 //! | a whole backend of one hypervisor | [`backend`] |
 //! | what a machine is made of | [`parcel`], [`images`], [`files`], [`cmdline`] |
@@ -25,6 +25,7 @@ pub mod life;
 pub mod machine;
 pub mod packet;
 pub mod parcel;
+pub mod passt;
 pub mod program;
 mod ready;
 pub mod ring;

@@ -43,6 +43,9 @@ use vm_trait::{CrashReason, VmId};
 /// How long a launcher that has said its last word may take to exit before it is killed.
 const EXIT_GRACE: Duration = Duration::from_secs(2);
 
+/// The most processes that a machine has beside its launcher.
+const MOST_COMPANIONS: usize = 4;
+
 /// How long a launcher may take to say hello.
 const HELLO: Duration = Duration::from_secs(15);
 
@@ -104,8 +107,8 @@ struct State {
     next_request: u64,
     waiting: BTreeMap<Awaited, oneshot::Sender<Heard>>,
     listeners: Listeners,
-    /// Another process of the machine.
-    companion: Option<OwnedFd>,
+    /// Other processes of the machine.
+    companions: Vec<OwnedFd>,
     end: Option<End>,
     /// What the launcher did that made it unfit to live.
     broken: Option<String>,
@@ -425,7 +428,10 @@ impl Life {
             FromLauncher::Incoming { port, listener } => {
                 self.come_in(&mut state, port, listener, fds.into_iter().next());
             }
-            FromLauncher::Companion => state.companion = fds.into_iter().next(),
+            FromLauncher::Companion if state.companions.len() >= MOST_COMPANIONS => {
+                return Err("its machine has too many processes".to_owned());
+            }
+            FromLauncher::Companion => state.companions.extend(fds.into_iter().next()),
             FromLauncher::Mark { mark, at_ns } => state.mark(mark, Duration::from_nanos(at_ns)),
             FromLauncher::Ended(end) => {
                 state.end = Some(end);
@@ -447,10 +453,8 @@ impl Life {
             && self.take(message, fds) == Ok(true)
         {}
         let status = self.process.lock().unwrap_or_else(PoisonError::into_inner).reap();
-        let companion = self.lock().companion.take();
-        if let Some(companion) = companion {
-            program::await_end(&companion);
-        }
+        let companions = std::mem::take(&mut self.lock().companions);
+        companions.iter().for_each(program::await_end);
         drop(self.lifeline.lock().unwrap_or_else(PoisonError::into_inner).take());
         let exit = {
             let mut state = self.lock();

@@ -289,6 +289,7 @@ fn a_set_up_is_refused_with_its_field() {
             shares: Vec::new(),
             vsock_cid: 3,
             network: vm_trait::NetworkConfig::None,
+            passt: None,
         };
         let files = [File::open("/dev/null").unwrap(), File::open("/dev/zero").unwrap()];
         let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();

@@ -3,23 +3,24 @@
 use crate::{
     control::{ConsoleDevice, DiskSetUp, MachineSetUp, ShareSetUp, ToLauncher},
     files,
-    images::{self, Images, Prepared},
+    images::{self, Images, KernelTraits, Prepared},
     life::{Life, host},
     machine::name_of,
+    passt,
     program::{LauncherKind, LauncherProgram, Started},
     ring::ConsoleRing,
 };
 use std::{
     fs::File,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 use tokio::task::spawn_blocking;
 use vm_core::machine::{MachineError, MachineSpec};
 use vm_guest_image::Need;
 use vm_guest_protocol::boot::{BootConfig, BootDisk, BootRoot, BootShare};
-use vm_trait::{DiskConfig, HostLimits, Mib, RootSource, VmConfig};
+use vm_trait::{DiskConfig, HostLimits, Mib, NetworkConfig, RootSource, VmConfig};
 
 /// The most vCPUs that a launcher gives a machine.
 pub const MAX_VCPUS: u8 = 8;
@@ -42,9 +43,36 @@ pub struct Maker {
     pub launcher: LauncherProgram,
     /// What machines boot from.
     pub images: Arc<Images>,
+    /// The passt of machines whose network needs one. Default [`passt::find`].
+    pub passt: Option<PathBuf>,
 }
 
 impl Maker {
+    /// Checks that what the network needs of kernel and host is there.
+    ///
+    /// # Errors
+    /// [`MachineError::Config`] for `network`.
+    pub fn check_network(
+        &self,
+        kernel: KernelTraits,
+        config: &VmConfig,
+    ) -> Result<(), MachineError> {
+        images::check_network(kernel, &config.network)?;
+        self.passt_for(&config.network).map(drop)
+    }
+
+    /// Gives the passt that a network needs, if it needs one.
+    fn passt_for(&self, network: &NetworkConfig) -> Result<Option<PathBuf>, MachineError> {
+        if !matches!(network, NetworkConfig::Passt(_)) {
+            return Ok(None);
+        }
+        let found = passt::find(self.passt.as_deref()).map_err(|error| MachineError::Config {
+            field: "network".to_owned(),
+            reason: error.to_string(),
+        })?;
+        Ok(Some(found))
+    }
+
     /// Starts a launcher that says hello, and describes nothing to it.
     ///
     /// # Errors
@@ -129,20 +157,21 @@ impl Made {
     fn new(maker: &Maker, config: &VmConfig, name: String) -> Result<Self, MachineError> {
         // First, so that it comes up while the rest is made.
         let (started, ring) = start(maker, config)?;
-        Ok(Self { started, ring, parcel: Parcel::new(&maker.images, config, name)? })
+        Ok(Self { started, ring, parcel: Parcel::new(maker, config, name)? })
     }
 }
 
 impl Parcel {
-    fn new(images: &Images, config: &VmConfig, name: String) -> Result<Self, MachineError> {
+    fn new(maker: &Maker, config: &VmConfig, name: String) -> Result<Self, MachineError> {
         let (root_dir, root_image) = match &config.root.source {
             RootSource::BuiltIn | RootSource::Shared(_) => (None, None),
             RootSource::Directory(path) => (Some(path.as_path()), None),
             RootSource::Image(path) => (None, Some(path.as_path())),
             _ => return Err(MachineError::Unsupported("this kind of root".to_owned())),
         };
-        let prepared = images.prepare(config.kernel.path.as_deref(), root_dir)?;
+        let prepared = maker.images.prepare(config.kernel.path.as_deref(), root_dir)?;
         images::check_network(prepared.traits, &config.network)?;
+        let passt = maker.passt_for(&config.network)?;
         let mut devices = Devices::default();
         let mut needs = vec![Need::Vsock, Need::Entropy];
         let root = match root_image {
@@ -157,6 +186,7 @@ impl Parcel {
         if !shares.is_empty() {
             needs.push(Need::Shares);
         }
+        needs.extend(passt.as_ref().map(|_| Need::Network));
         let modules = prepared.image.modules();
         if let Some(need) = needs.iter().find(|need| !modules.supports(**need)) {
             let reason = format!("neither the kernel nor its modules have what {need:?} needs");
@@ -168,6 +198,7 @@ impl Parcel {
             root,
             disks,
             shares: boot_shares,
+            network: passt.as_ref().map(|_| passt::GUEST_NETWORK),
         };
         let part = prepared.image.part_for(&boot);
         let boot_part = part.map_err(|error| MachineError::Failed(error.to_string()))?;
@@ -185,6 +216,7 @@ impl Parcel {
             initrd_parts: 2 + u8::from(user_initrd.is_some()),
             disks: devices.set_ups,
             shares: shares.iter().map(|(set_up, _)| set_up.clone()).collect(),
+            passt: passt.map(PathBuf::into_os_string),
             ..plain_set_up(config, name, console_file.is_some())
         };
         let disks = devices.files;
@@ -230,6 +262,7 @@ pub fn plain_set_up(config: &VmConfig, name: String, console_file: bool) -> Mach
         shares: Vec::new(),
         vsock_cid: GUEST_CID,
         network: config.network.clone(),
+        passt: None,
     }
 }
 

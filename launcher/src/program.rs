@@ -10,7 +10,7 @@ use rustix::{
 };
 use std::{
     env,
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     fmt,
     fs::{self, File},
     io::{self, PipeReader, PipeWriter},
@@ -151,13 +151,10 @@ impl LauncherProgram {
             "this program: its main cannot be the launcher (run_launcher_if_asked)".to_owned(),
         );
         let path = path.unwrap_or_default();
-        for place in env::split_paths(&path).map(|dir| dir.join(kind.binary)) {
-            match flaw(&place) {
-                None => return Ok(Self::Binary(place)),
-                Some(flaw) => searched.push(format!("{}: {flaw}", place.display())),
-            }
+        match first_program(&path, kind.binary, &mut searched) {
+            Some(found) => Ok(Self::Binary(found)),
+            None => Err(NoLauncher { binary: kind.binary, searched }),
         }
-        Err(NoLauncher { binary: kind.binary, searched })
     }
 
     /// Starts a launcher: nothing of this process's environment, its descriptors or its terminal reaches it but what it
@@ -367,8 +364,23 @@ pub fn last_words(messages: &File) -> String {
     }
 }
 
+/// Gives the first program of that name in a list of directories, as in `PATH`, and notes what is wrong in those before it.
+pub(crate) fn first_program(
+    path: &OsStr,
+    name: &str,
+    searched: &mut Vec<String>,
+) -> Option<PathBuf> {
+    for place in env::split_paths(path).map(|dir| dir.join(name)) {
+        match flaw(&place) {
+            None => return Some(place),
+            Some(flaw) => searched.push(format!("{}: {flaw}", place.display())),
+        }
+    }
+    None
+}
+
 /// Says why a file cannot be run, if it cannot.
-fn flaw(path: &Path) -> Option<String> {
+pub(crate) fn flaw(path: &Path) -> Option<String> {
     match fs::metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Some("not there".to_owned()),
         Err(error) => Some(error.to_string()),

@@ -25,6 +25,10 @@ const LOG_NO_ENV: u32 = 1;
 /// Sockets of the internet are the host's (`KRUN_TSI_HIJACK_INET`).
 const HIJACK_INET: u32 = 1;
 
+/// What a guest may leave to passt, as `linux/virtio_net.h` numbers it: checksums, and cutting TCP's long segments.
+const CHECKSUMS: u32 = 1 << 0;
+const LONG_SEGMENTS: u32 = 1 << 11;
+
 /// A call that libkrun refused.
 #[derive(Debug, thiserror::Error)]
 #[error("{call} failed: {error}")]
@@ -112,6 +116,16 @@ impl Context {
     pub(super) fn add_vsock(&self, port: u32, socket: &CStr, tsi: bool) -> Result<(), Refused> {
         call!(krun_add_vsock(self.id, if tsi { HIJACK_INET } else { 0 }))?;
         call!(krun_add_vsock_port2(self.id, port, socket.as_ptr(), true)).map(drop)
+    }
+
+    /// Adds a network device with this hardware address, whose packets go through a socket. The descriptor is libkrun's
+    /// from then on.
+    pub(super) fn add_network(&self, socket: i32, mac: &[u8; 6]) -> Result<(), Refused> {
+        let features = CHECKSUMS | LONG_SEGMENTS;
+        // The crate's declaration asks for what it does not write.
+        let mut mac = *mac;
+        let mac = mac.as_mut_ptr();
+        call!(krun_add_net_unixstream(self.id, ptr::null(), socket, mac, features, 0)).map(drop)
     }
 
     /// Runs the machine. It returns only where that fails: else libkrun ends the process with the guest.

@@ -1,8 +1,9 @@
 //! [`Guest`]: the child in which libkrun runs the machine, from outside and from inside.
 
 use super::{
-    context::Context,
+    context::{Context, Refused},
     freeze::{self, Freezer},
+    passt::Passt,
     place::path_of,
     plan::Plan,
     sockets,
@@ -34,6 +35,7 @@ use vm_launcher::{
         process::name_thread,
         split::{Side, keep_only, split},
     },
+    passt::GUEST_NETWORK,
 };
 use vm_trait::NetworkConfig;
 
@@ -69,7 +71,7 @@ impl Guest {
     ///
     /// # Errors
     /// The operating system's.
-    pub(super) fn start(plan: Plan, name: &str) -> io::Result<Self> {
+    pub(super) fn start(mut plan: Plan, name: &str) -> io::Result<Self> {
         let (console, its_console) = match plan.console_device {
             ConsoleDevice::SerialPort => pipe()?,
             ConsoleDevice::Virtio => terminal()?,
@@ -84,6 +86,9 @@ impl Guest {
         let launcher = rustix::process::getpid();
         match split()? {
             Side::Original(pid) => {
+                if let Some(passt) = &mut plan.passt {
+                    passt.let_go_of_packets();
+                }
                 let exact = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
                 let guest = Self {
                     pid,
@@ -116,6 +121,16 @@ impl Guest {
         self.exact.as_fd()
     }
 
+    /// Gives the passt of its network, where that has one.
+    pub(super) fn passt(&self) -> Option<&Passt> {
+        self.plan.passt.as_ref()
+    }
+
+    /// As [`passt`](Self::passt).
+    pub(super) fn passt_mut(&mut self) -> Option<&mut Passt> {
+        self.plan.passt.as_mut()
+    }
+
     /// Opens a stream to the agent, which ends at once where it does not listen; nothing where nobody takes streams.
     pub(super) fn connect(&mut self) -> io::Result<Option<OwnedFd>> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -141,11 +156,21 @@ impl Guest {
         }
     }
 
-    /// Has the guest stand still, with its clock.
+    /// Has the guest stand still, with its clock, and then passt.
     ///
     /// # Errors
     /// Why it does not; then it runs.
     pub(super) fn pause(&self) -> io::Result<()> {
+        self.pause_guest()?;
+        // It would end connections of a guest that answers nothing.
+        let paused = self.plan.passt.as_ref().map_or(Ok(()), Passt::pause);
+        if paused.is_err() {
+            let _ = self.resume();
+        }
+        paused
+    }
+
+    fn pause_guest(&self) -> io::Result<()> {
         let mut last = Ok(());
         until(BEGINNING, LOOK, || {
             last = self.freezer.hold(PATIENCE);
@@ -164,7 +189,7 @@ impl Guest {
         if stopped == Some(true) {
             return Ok(());
         }
-        let _ = self.resume();
+        let _ = self.resume_guest();
         Err(io::Error::other("the machine's process does not stop"))
     }
 
@@ -173,6 +198,11 @@ impl Guest {
     /// # Errors
     /// When the child does not answer.
     pub(super) fn resume(&self) -> io::Result<()> {
+        self.plan.passt.as_ref().map_or(Ok(()), Passt::resume)?;
+        self.resume_guest()
+    }
+
+    fn resume_guest(&self) -> io::Result<()> {
         self.signal(Signal::CONT)?;
         self.freezer.release(PATIENCE)
     }
@@ -257,27 +287,40 @@ fn become_machine(
         restricted.map_err(|error| io::Error::other(format!("filter of system calls: {error}")))?;
     }
     let context = Context::new().map_err(io::Error::other)?;
-    let described = (|| {
-        context.set_size(plan.vcpus, plan.memory_mib)?;
-        let (kernel, initrd) = (path_of(&plan.kernel), path_of(&plan.initrd));
-        context.set_kernel(&kernel, &initrd, &plan.cmdline)?;
-        match plan.console_device {
-            ConsoleDevice::SerialPort => context.add_serial_port(console.into_raw_fd())?,
-            ConsoleDevice::Virtio => context.add_virtio_console(console.into_raw_fd())?,
-        }
-        for disk in &plan.disks {
-            context.add_disk(&disk.serial, &path_of(&disk.file), disk.read_only)?;
-        }
-        if let Some(tree) = &plan.shares {
-            context.add_share(&share_tag(), &tree.path(), tree.is_read_only())?;
-        }
-        let socket = plan.place.path(SOCKET);
-        let socket = CString::new(socket.as_os_str().as_bytes()).unwrap_or_default();
-        let tsi = matches!(plan.network, NetworkConfig::Tsi(_));
-        context.add_vsock(AGENT_PORT, &socket, tsi)
-    })();
-    described.map_err(io::Error::other)?;
+    // Libkrun has one of its own, as of everything that it is given by its number.
+    let packets = plan.passt.as_ref().and_then(Passt::packets);
+    let packets = packets.map(|it| it.try_clone_to_owned()).transpose()?;
+    describe(&context, plan, console, packets).map_err(io::Error::other)?;
     Err(io::Error::other(context.enter()))
+}
+
+/// Describes the machine to libkrun.
+fn describe(
+    context: &Context,
+    plan: &Plan,
+    console: OwnedFd,
+    packets: Option<OwnedFd>,
+) -> Result<(), Refused> {
+    context.set_size(plan.vcpus, plan.memory_mib)?;
+    let (kernel, initrd) = (path_of(&plan.kernel), path_of(&plan.initrd));
+    context.set_kernel(&kernel, &initrd, &plan.cmdline)?;
+    match plan.console_device {
+        ConsoleDevice::SerialPort => context.add_serial_port(console.into_raw_fd())?,
+        ConsoleDevice::Virtio => context.add_virtio_console(console.into_raw_fd())?,
+    }
+    for disk in &plan.disks {
+        context.add_disk(&disk.serial, &path_of(&disk.file), disk.read_only)?;
+    }
+    if let Some(tree) = &plan.shares {
+        context.add_share(&share_tag(), &tree.path(), tree.is_read_only())?;
+    }
+    if let Some(packets) = packets {
+        context.add_network(packets.into_raw_fd(), &GUEST_NETWORK.mac)?;
+    }
+    let socket = plan.place.path(SOCKET);
+    let socket = CString::new(socket.as_os_str().as_bytes()).unwrap_or_default();
+    let tsi = matches!(plan.network, NetworkConfig::Tsi(_));
+    context.add_vsock(AGENT_PORT, &socket, tsi)
 }
 
 /// Makes a pipe that is read without waiting.

@@ -12,6 +12,7 @@
 //! | libkrun's calls | `context` |
 //! | how virtual processors and the guest's clock stand still | `freeze` |
 //! | where the agent's socket is | `place` |
+//! | the process by which a guest's packets reach the host | `passt` |
 //! | the host's ports that lead to the guest's | `ports` |
 //! | what a machine's sockets may do on the host | `sockets` |
 //! | how host directories become one tree | `tree` |
@@ -20,6 +21,7 @@
 mod context;
 mod freeze;
 mod guest;
+mod passt;
 mod place;
 mod plan;
 mod ports;

@@ -1,6 +1,6 @@
 //! [`Plan`]: what a machine is made of.
 
-use super::{place::Place, ports::HostPorts, tree::Tree};
+use super::{passt::Passt, place::Place, ports::HostPorts, tree::Tree};
 use rustix::fs::MemfdFlags;
 use std::{
     ffi::CString,
@@ -33,6 +33,9 @@ const OWN_DEVICES: usize = 3;
 /// How many devices more libkrun has interrupt lines for.
 const MOST_OTHERS: usize = 8;
 
+/// How much of a file is copied at a time.
+const STEP: usize = 64 << 20;
+
 /// Spaces and dashes that libkrun adds.
 const SEPARATORS: usize = 16;
 
@@ -50,6 +53,8 @@ pub(super) struct Plan {
     pub(super) place: Place,
     pub(super) console_device: ConsoleDevice,
     pub(super) network: NetworkConfig,
+    /// By what the guest's packets reach the host, where its network is of packets.
+    pub(super) passt: Option<Passt>,
     /// Nobody else has them as long as the machine is there.
     _ports: HostPorts,
 }
@@ -71,9 +76,13 @@ impl Plan {
         set_up: &MachineSetUp,
         fds: Vec<OwnedFd>,
     ) -> Result<(Self, Console), Refusal> {
-        // All host directories come by one device, as does a console that is virtio's.
-        let shares = usize::from(!set_up.shares.is_empty());
-        let beside = shares + usize::from(set_up.console_device == ConsoleDevice::Virtio);
+        // All host directories come by one device; a console that is virtio's is another, and so is a network of packets.
+        let beside = [
+            !set_up.shares.is_empty(),
+            set_up.console_device == ConsoleDevice::Virtio,
+            matches!(set_up.network, NetworkConfig::Passt(_)),
+        ];
+        let beside = beside.into_iter().filter(|is_there| *is_there).count();
         let others = beside + set_up.disks.len();
         if others > MOST_OTHERS {
             let reason = format!(
@@ -103,6 +112,8 @@ impl Plan {
                 .map_err(|error| config("disks", error.to_string()))?;
             disks.push(Disk { serial, read_only: disk.read_only, file: next("disks")? });
         }
+        // Before this process may become one of another user namespace.
+        let (ports, mut passt) = network_of(set_up)?;
         let place = Place::new();
         let place = place.map_err(|error| failed("a place for the agent's socket", error))?;
         let mut shared = Vec::new();
@@ -115,7 +126,6 @@ impl Plan {
                 Tree::new(&shared).map_err(|error| failed("a tree of host directories", error))?,
             ),
         };
-        let ports = HostPorts::reserve(set_up.network.ports())?;
         if fds.next().is_some() {
             return Err(Refusal::Failed("too many descriptors came".to_owned()));
         }
@@ -128,6 +138,9 @@ impl Plan {
             return Err(config("memory_mib", reason));
         }
         let console = Console::new(ring, set_up.console_ring_bytes, log);
+        if let Some(passt) = &mut passt {
+            passt.await_ready(set_up.network.ports())?;
+        }
         let plan = Self {
             vcpus: set_up.vcpus,
             memory_mib: set_up.memory_mib,
@@ -139,6 +152,7 @@ impl Plan {
             place,
             console_device: set_up.console_device,
             network: set_up.network.clone(),
+            passt,
             _ports: ports,
         };
         Ok((plan, console))
@@ -149,8 +163,24 @@ impl Plan {
         let mut fds = vec![self.kernel.as_fd(), self.initrd.as_fd(), self.place.as_fd()];
         fds.extend(self.disks.iter().map(|disk| disk.file.as_fd()));
         fds.extend(self.shares.as_ref().map(AsFd::as_fd));
+        fds.extend(self.passt.as_ref().and_then(Passt::packets));
         fds
     }
+}
+
+/// Takes the ports of a machine, and starts passt where its network needs it.
+fn network_of(set_up: &MachineSetUp) -> Result<(HostPorts, Option<Passt>), Refusal> {
+    let mapped = set_up.network.ports();
+    let mut ports = HostPorts::reserve(mapped)?;
+    let passt = match (&set_up.network, &set_up.passt) {
+        (NetworkConfig::Passt(_), Some(program)) => {
+            ports.leave();
+            Some(Passt::start(program, mapped)?)
+        }
+        (NetworkConfig::Passt(_), None) => return Err(config("network", "no passt was named")),
+        _ => None,
+    };
+    Ok((ports, passt))
 }
 
 /// Puts the command line together, without what libkrun adds at its end.
@@ -172,12 +202,13 @@ fn command_line(console: ConsoleDevice, user: &str, others: usize) -> Result<CSt
 fn joined(parts: Vec<File>) -> io::Result<File> {
     let whole = rustix::fs::memfd_create("twinvm-initrd", MemfdFlags::CLOEXEC)?;
     let mut whole = File::from(whole);
-    for mut part in parts {
+    for part in parts {
         let at = whole.stream_position()?.next_multiple_of(4);
         whole.set_len(at)?;
         whole.seek(io::SeekFrom::Start(at))?;
-        part.rewind()?;
-        io::copy(&mut part, &mut whole)?;
+        // Other launchers have the same file open, and its position with it, so that is left alone.
+        let mut at = 0;
+        while rustix::fs::sendfile(&whole, &part, Some(&mut at), STEP)? > 0 {}
     }
     // Libkrun lets it end where memory does, and it has to begin with a page.
     let length = whole.stream_position()?.next_multiple_of(PAGE);
@@ -203,6 +234,32 @@ mod tests {
         whole.read_exact_at(&mut bytes, 0).unwrap();
         assert_eq!(&bytes, b"abcde\0\0\0fg");
         assert_eq!(whole.metadata().unwrap().len(), PAGE);
+    }
+
+    #[test]
+    fn parts_that_others_copy_too_are_whole() {
+        let content: Vec<u8> = (0..4_000_000_u32).flat_map(|at| u8::try_from(at % 251)).collect();
+        let part = file(&content);
+        let copies: Vec<_> = (0..4)
+            .map(|_| {
+                let shared = part.try_clone().unwrap();
+                std::thread::spawn(move || {
+                    for _ in 0..10 {
+                        let whole = joined(vec![shared.try_clone().unwrap()]).unwrap();
+                        let mut bytes = vec![0; 4_000_000];
+                        whole.read_exact_at(&mut bytes, 0).unwrap();
+                        let whole = bytes
+                            .iter()
+                            .zip(0_u32..)
+                            .all(|(byte, at)| u32::from(*byte) == at % 251);
+                        assert!(whole);
+                    }
+                })
+            })
+            .collect();
+        for copy in copies {
+            copy.join().unwrap();
+        }
     }
 
     #[test]

@@ -16,13 +16,14 @@ use vm_trait::PortForward;
 
 /// Ports of the host that are kept from everybody else for as long as this is there.
 ///
-/// libkrun listens on a port of the host once the guest listens on its own, and shares the port with whoever of the same
+/// With TSI libkrun listens on a port of the host once the guest listens on its own, and shares the port with whoever of the same
 /// user also shares it. So each port is bound here, shared, without listening, which keeps others from it; and to keep
 /// another machine from sharing it, each has a name beside it, of the kind that ends with its socket and belongs to the same
 /// network namespace.
 #[derive(Debug)]
 pub(super) struct HostPorts {
-    _held: Vec<OwnedFd>,
+    _names: Vec<OwnedFd>,
+    bound: Vec<OwnedFd>,
 }
 
 impl HostPorts {
@@ -31,7 +32,7 @@ impl HostPorts {
     /// # Errors
     /// [`Refusal::PortInUse`], or [`Refusal::Config`] for a port that is not for this user.
     pub(super) fn reserve(ports: &[PortForward]) -> Result<Self, Refusal> {
-        let mut held = Vec::with_capacity(ports.len() * 2);
+        let (mut names, mut all_bound) = (Vec::new(), Vec::new());
         for (index, port) in ports.iter().enumerate() {
             let why_not = |error| match error {
                 Errno::ADDRINUSE => Refusal::PortInUse(u32::from(port.host)),
@@ -41,10 +42,22 @@ impl HostPorts {
                 }
                 other => failed("a port of the host", other),
             };
-            held.push(named(port.host).map_err(why_not)?);
-            held.push(bound(port.host).map_err(why_not)?);
+            names.push(named(port.host).map_err(why_not)?);
+            all_bound.push(bound(port.host).map_err(why_not)?);
         }
-        Ok(Self { _held: held })
+        Ok(Self { _names: names, bound: all_bound })
+    }
+
+    /// Lets go of the ports, for a process of this machine's that listens on them and shares them with nobody. Other machines
+    /// are still kept from them.
+    pub(super) fn leave(&mut self) {
+        self.bound.clear();
+    }
+
+    /// Finds a port that cannot be had although this machine has it among its own.
+    pub(super) fn taken(ports: &[PortForward]) -> Option<Refusal> {
+        let taken = ports.iter().find(|port| matches!(bound(port.host), Err(Errno::ADDRINUSE)))?;
+        Some(Refusal::PortInUse(u32::from(taken.host)))
     }
 }
 

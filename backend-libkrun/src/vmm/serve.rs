@@ -1,6 +1,6 @@
 //! [`serve`]: answers the owner, keeps the console, and watches the child.
 
-use super::{guest::Guest, plan::Plan};
+use super::{guest::Guest, passt::Passt, plan::Plan};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
@@ -36,6 +36,9 @@ const HALT_PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
 const HALT_LOOKS: u32 = 3;
 const HALT_PATIENCE: u32 = 100;
 
+/// How long a child may take to end after passt has, where both do.
+const END_GRACE: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+
 /// The longest line that asks for a connection.
 const LONGEST_ASKING: usize = 32;
 
@@ -65,6 +68,9 @@ pub(super) fn serve(channel: &Arc<Channel>) -> io::Result<()> {
             return Err(io::Error::other(refusal));
         }
     };
+    if let Some(passt) = &plan.passt {
+        channel.send_with(&FromLauncher::Companion, Some(passt.exact()))?;
+    }
     channel.send(&FromLauncher::SetUpDone(Ok(())))?;
     let machine = Machine::Fresh(Box::new(plan));
     let (words, halt) = (Vec::new(), Halt::default());
@@ -107,6 +113,7 @@ struct Ready {
     ended: bool,
     console: bool,
     words: bool,
+    passt_ended: bool,
 }
 
 impl Server {
@@ -119,8 +126,12 @@ impl Server {
             if ready.words {
                 self.take_words();
             }
-            if ready.ended {
+            if ready.ended || (ready.passt_ended && self.ends_soon()) {
                 let end = self.end();
+                return self.channel.send(&FromLauncher::Ended(end));
+            }
+            if ready.passt_ended {
+                let end = self.end_without_passt();
                 return self.channel.send(&FromLauncher::Ended(end));
             }
             if self.has_halted() {
@@ -138,18 +149,21 @@ impl Server {
             return Ok(Ready { owner, ..Ready::default() });
         };
         let exact = guest.exact();
+        // Without a passt this tells nothing new.
+        let passt = guest.passt().map_or(exact, Passt::exact);
         let mut fds = [
             PollFd::new(&*self.channel, PollFlags::IN),
             PollFd::new(&exact, PollFlags::IN),
             PollFd::new(&guest.console, PollFlags::IN),
             PollFd::new(&guest.words, PollFlags::IN),
+            PollFd::new(&passt, PollFlags::IN),
         ];
-        let [owner, ended, console, words] = match self.halt.looks_left {
+        let [owner, ended, console, words, passt_ended] = match self.halt.looks_left {
             0 => wait(&mut fds)?,
             _ => wait_for(&mut fds, Some(&HALT_PAUSE))?,
         };
         // Pipes whose other end is closed are told by the process's end, which follows.
-        Ok(Ready { owner, ended, console, words })
+        Ok(Ready { owner, ended, console, words, passt_ended })
     }
 
     /// Says whether the guest has halted for good, as far as that is known yet.
@@ -185,6 +199,26 @@ impl Server {
             let surplus = self.words.len().saturating_sub(WORDS);
             self.words.drain(..surplus);
         }
+    }
+
+    /// Says whether the child is about to end: passt ends with it, and may be seen to have ended first.
+    fn ends_soon(&self) -> bool {
+        let (Machine::Running(guest) | Machine::Paused(guest)) = &self.machine else {
+            return false;
+        };
+        let exact = guest.exact();
+        let ended = wait_for(&mut [PollFd::new(&exact, PollFlags::IN)], Some(&END_GRACE));
+        matches!(ended, Ok([true]))
+    }
+
+    /// Ends a machine whose network is gone, and with it the ports that are promised to it.
+    fn end_without_passt(&mut self) -> End {
+        self.take_console();
+        let (Machine::Running(guest) | Machine::Paused(guest)) = &mut self.machine else {
+            return End::Failed("passt ended".to_owned());
+        };
+        let how = guest.passt_mut().map(Passt::end).unwrap_or_default();
+        End::Failed(format!("passt ended, and the guest's network with it: {how}"))
     }
 
     /// Says how the child ended, which it has.

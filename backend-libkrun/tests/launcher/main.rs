@@ -2,6 +2,7 @@
 #![cfg(any(feature = "vendored", feature = "system"))]
 
 mod network;
+mod passt;
 
 use std::{
     fs::File,
@@ -51,6 +52,7 @@ fn set_up(cmdline: &str) -> ToLauncher {
         shares: Vec::new(),
         vsock_cid: 3,
         network: vm_trait::NetworkConfig::None,
+        passt: None,
     }))
 }
 

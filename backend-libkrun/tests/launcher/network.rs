@@ -1,4 +1,4 @@
-//! Networks of machines with libkrunfw's kernel, seen from the host. They take a KVM that runs guests:
+//! Networks of machines with TSI, and without any, seen from the host. They take a KVM that runs guests, and libkrunfw's kernel:
 //! `TWINVM_KERNEL=$(lab/libkrunfw) lab/test vm-backend-libkrun launcher --ignored`
 
 use std::{
@@ -18,7 +18,7 @@ use vm_trait::{
 /// A guest boots in some seconds in the lab.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-fn run<F: Future<Output = ()>>(test: impl FnOnce() -> F) {
+pub(crate) fn run<F: Future<Output = ()>>(test: impl FnOnce() -> F) {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     runtime.block_on(async { tokio::time::timeout(PATIENCE, test()).await.expect("it hangs") });
 }
@@ -28,7 +28,7 @@ fn backend() -> impl VmBackend {
     KrunBackend::builder().with_launcher(launcher).build().unwrap()
 }
 
-fn config(network: NetworkConfig) -> VmConfig {
+pub(crate) fn config(network: NetworkConfig) -> VmConfig {
     let root = std::env::var_os("TWINVM_ROOT").map(PathBuf::from).expect("TWINVM_ROOT is set");
     let mut config = VmConfig::default();
     config.network = network;
@@ -44,19 +44,19 @@ async fn started(config: VmConfig) -> Arc<dyn VmInstance> {
     vm
 }
 
-async fn sh(vm: &Arc<dyn VmInstance>, script: &str) -> String {
+pub(crate) async fn sh(vm: &Arc<dyn VmInstance>, script: &str) -> String {
     let request = ExecRequest::new("/bin/sh").args(["-c", script]);
     let output = vm.exec(request.timeout(Duration::from_secs(30))).await.unwrap();
     format!("{}{}", output.stdout_text(), output.stderr_text())
 }
 
 /// A port that nobody has.
-fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 /// What a connection to the loopback address brings, if there is one.
-fn fetched(port: u16) -> Option<String> {
+pub(crate) fn fetched(port: u16) -> Option<String> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
     stream.set_read_timeout(Some(Duration::from_secs(10))).ok()?;
     stream.write_all(b"GET /word HTTP/1.0\r\n\r\n").ok()?;
@@ -65,7 +65,7 @@ fn fetched(port: u16) -> Option<String> {
     (!text.is_empty()).then_some(text)
 }
 
-fn fetched_soon(port: u16) -> Option<String> {
+pub(crate) fn fetched_soon(port: u16) -> Option<String> {
     let end = Instant::now() + Duration::from_secs(20);
     while Instant::now() < end {
         if let Some(text) = fetched(port) {
@@ -88,7 +88,7 @@ fn host_server(word: &'static str) -> u16 {
     port
 }
 
-const SERVE: &str =
+pub(crate) const SERVE: &str =
     "mkdir -p /srv && echo from the guest > /srv/word && httpd -p 80 -h /srv && echo served";
 
 #[test]

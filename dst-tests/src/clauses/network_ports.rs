@@ -67,6 +67,9 @@ pub(super) const CLAUSES: &[Clause] = &[
     clause!(to_host, "network.tsi_reaches_host_loopback",
         "with TSI a program of the guest reaches a listener at the host's loopback address, and is refused without one",
         [Exec, NetworkTsi], faults: []),
+    clause!(kept_from_host, "network.passt_keeps_from_host_loopback",
+        "with passt a program of the guest is refused at its loopback address where only the host listens",
+        [Exec, NetworkPasst, GuestKernel], faults: []),
 ];
 
 /// Gives the networks to check: all that the backend claims on a real host, one of them where runs are many.
@@ -445,4 +448,21 @@ async fn to_host(ctx: &Context) -> Verdict {
     }
     drop(listener);
     is_refused(ctx, vm, "127.0.0.1", port).await
+}
+
+async fn kept_from_host(ctx: &Context) -> Verdict {
+    let machine = Networked::start(ctx, &NetworkConfig::passt(), 1).await?;
+    let port = ctx.host_port().await?;
+    let mut listener = fine("listening on the host", ctx.host_listen(port).await)?;
+    // Neither a port of the host's own nor one that leads into this very machine.
+    for there in [port, machine.port(0).host] {
+        is_refused(ctx, &machine.vm, "127.0.0.1", there).await?;
+    }
+    let accepted = vm_core::env::timeout(&**ctx.env(), millis(ctx, 100, 300), listener.accept());
+    ensure!(
+        accepted.await.is_err(),
+        "a guest with passt reached a listener of its host's loopback"
+    );
+    let _echo = machine.echo(ctx).await?;
+    machine.echoes(ctx, "beside what is not reached").await
 }

@@ -221,6 +221,9 @@ impl<H: Launchers> LauncherTarget<H> {
         };
         line("modules", modules.map(place));
         line("launcher", H::found().map(|found| found.program()));
+        if H::claims().has(Capability::NetworkPasst) {
+            line("passt", passt());
+        }
         line("root", root().map(|root| root.display().to_string()));
         lines
     }
@@ -358,6 +361,9 @@ impl<H: Launchers> Host<H> {
         probe().map_err(|why| why.to_string())?;
         let kernel = H::kernel().map_err(|error| error.to_string())?;
         KernelModules::find(&kernel, None).map_err(|error| error.to_string())?;
+        if H::claims().has(Capability::NetworkPasst) {
+            passt()?;
+        }
         Ok(Self { hypervisor: Arc::new(H::found()?), root: root()? })
     }
 
@@ -489,6 +495,12 @@ fn describe(fitness: Fitness) -> String {
     let slow = if slow { ", slow" } else { "" };
     let millions = instructions_per_second / 1e6;
     format!("{millions:.0} million instructions a second, up to {max_vcpus} vCPUs{nested}{slow}")
+}
+
+/// Finds the program that networks by way of it take.
+fn passt() -> Result<String, String> {
+    let found = vm_backend_libkrun::passt::find(None);
+    found.map(|path| path.display().to_string()).map_err(|error| error.to_string())
 }
 
 /// The core with a note of every machine that was made.

@@ -43,11 +43,13 @@ pub enum Need {
     Overlay,
     /// Directories of the host.
     Shares,
+    /// A network device.
+    Network,
 }
 
 impl Need {
     /// All of them, in the order in which they are loaded.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Vsock,
         Self::Block,
         Self::Entropy,
@@ -56,6 +58,7 @@ impl Need {
         Self::Erofs,
         Self::Overlay,
         Self::Shares,
+        Self::Network,
     ];
 
     /// The modules that provide it, dependencies apart.
@@ -69,6 +72,7 @@ impl Need {
             Self::Erofs => &["erofs"],
             Self::Overlay => &["overlay"],
             Self::Shares => &["virtio_mmio", "fuse", "virtiofs"],
+            Self::Network => &["virtio_mmio", "virtio_net"],
         }
     }
 

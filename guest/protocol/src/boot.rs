@@ -1,6 +1,7 @@
 //! [`BootConfig`]: what the image tells the agent that is the first process of a machine.
 
 use serde::{Deserialize, Serialize};
+use std::net::Ipv4Addr;
 
 /// Where the image keeps the encoded [`BootConfig`].
 pub const BOOT_CONFIG_PATH: &str = "/twinvm/boot";
@@ -23,6 +24,8 @@ pub struct BootConfig {
     pub disks: Vec<BootDisk>,
     /// Host directories to mount.
     pub shares: Vec<BootShare>,
+    /// The network device to set up, where there is one.
+    pub network: Option<BootNetwork>,
 }
 
 /// What becomes a guest's root.
@@ -95,6 +98,30 @@ impl BootShare {
     }
 }
 
+/// A network device to set up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootNetwork {
+    /// The device's hardware address, by which it is found.
+    pub mac: [u8; 6],
+    /// The address that it is given.
+    pub address: Ipv4Addr,
+    /// How many bits of the address name the network, at most 32.
+    pub prefix: u8,
+    /// By whom all other networks are reached.
+    pub gateway: Ipv4Addr,
+    /// Who resolves names.
+    pub resolver: Ipv4Addr,
+}
+
+impl BootNetwork {
+    /// Gives the mask of the address's bits that name the network.
+    #[must_use]
+    pub fn netmask(&self) -> Ipv4Addr {
+        let host_bits = 32_u32.saturating_sub(self.prefix.into());
+        Ipv4Addr::from_bits(u32::MAX.checked_shl(host_bits).unwrap_or(0))
+    }
+}
+
 /// How far the first process of a machine has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum BootMark {
@@ -135,6 +162,18 @@ mod tests {
     use proptest::{collection::vec, prelude::*};
 
     prop_compose! {
+        fn network()(
+            mac: [u8; 6],
+            address: Ipv4Addr,
+            prefix in 0..=32_u8,
+            gateway: Ipv4Addr,
+            resolver: Ipv4Addr,
+        ) -> BootNetwork {
+            BootNetwork { mac, address, prefix, gateway, resolver }
+        }
+    }
+
+    prop_compose! {
         fn config()(
             hostname in ".{0,20}",
             modules in vec("/[a-z/.]{0,30}", 0..5),
@@ -142,6 +181,7 @@ mod tests {
             (shared, read_only) in any::<(bool, bool)>(),
             disks in vec((".{0,20}", "/[a-z/]{0,20}", any::<bool>()), 0..4),
             shares in vec((".{0,36}", "/[a-z/]{0,20}", any::<bool>()), 0..4),
+            network in prop::option::of(network()),
         ) -> BootConfig {
             let root = match disk {
                 Some(serial) => BootRoot::Disk { serial, read_only },
@@ -156,7 +196,7 @@ mod tests {
                 .into_iter()
                 .map(|(name, mount, read_only)| BootShare { name, mount, read_only })
                 .collect();
-            BootConfig { hostname, modules, root, disks, shares }
+            BootConfig { hostname, modules, root, disks, shares, network }
         }
     }
 
@@ -181,6 +221,13 @@ mod tests {
             prop_assert!(name.bytes().all(|byte| byte.is_ascii_alphanumeric()));
             prop_assert!((1..=8).contains(&name.len()), "it is a name in a directory");
             prop_assert_ne!(name, BootShare::ROOT);
+        }
+
+        #[test]
+        fn a_netmask_has_as_many_bits_as_the_prefix(network in network()) {
+            let mask = network.netmask().to_bits();
+            prop_assert_eq!(mask.leading_ones(), u32::from(network.prefix));
+            prop_assert_eq!(mask.count_ones(), u32::from(network.prefix));
         }
 
         #[test]

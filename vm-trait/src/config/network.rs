@@ -35,7 +35,8 @@ pub enum NetworkConfig {
     /// the mapped ports are listened on by the host. A loopback address is the guest's own, and the host's where nothing
     /// in the guest listens on the port. It needs a guest kernel that can do it.
     Tsi(PortMap),
-    /// A network device whose packets a `passt` process of the host turns into its own connections, in both ways.
+    /// A network device whose packets a `passt` process of the host turns into its own connections, in both ways. The host's
+    /// loopback address is not reached by it. It needs a guest kernel with a driver for the device.
     Passt(PortMap),
 }
 

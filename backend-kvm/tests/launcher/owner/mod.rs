@@ -97,6 +97,7 @@ impl Parts {
                 shares: Vec::new(),
                 vsock_cid: 3,
                 network: vm_trait::NetworkConfig::None,
+                passt: None,
             },
             kernel: in_memory(kernel),
             initrd: Vec::new(),

@@ -12,6 +12,7 @@ use std::{
     ffi::CString,
     io,
     mem::MaybeUninit,
+    net::Ipv4Addr,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     ptr,
     sync::atomic::{AtomicI32, Ordering},
@@ -249,6 +250,8 @@ const VSOCK_FAMILY: libc::sa_family_t = libc::AF_VSOCK as libc::sa_family_t;
 #[allow(clippy::cast_possible_truncation)]
 const VSOCK_ADDRESS_SIZE: libc::socklen_t = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
 #[allow(clippy::cast_possible_truncation)]
+const INTERNET_FAMILY: libc::sa_family_t = libc::AF_INET as libc::sa_family_t;
+#[allow(clippy::cast_possible_truncation)]
 const INTERFACE_UP: libc::c_short = libc::IFF_UP as libc::c_short;
 
 /// Binds a vsock socket to a port on every address of this machine.
@@ -278,13 +281,55 @@ fn vsock_address(cid: u32, port: u32) -> (libc::sockaddr_vm, libc::socklen_t) {
 
 /// Turns a network interface on.
 pub(super) fn set_interface_up(name: &str) -> io::Result<()> {
-    use rustix::net::{AddressFamily, SocketFlags, SocketType};
-    let socket = rustix::net::socket_with(
-        AddressFamily::INET,
-        SocketType::DGRAM,
-        SocketFlags::CLOEXEC,
-        None,
-    )?;
+    let socket = datagram_socket()?;
+    let mut request = interface_request(name)?;
+    let fd = socket.as_raw_fd();
+    // SAFETY: the request reads the name in `request` and writes the flags into it.
+    checked(unsafe { libc::ioctl(fd, libc::SIOCGIFFLAGS, &raw mut request) })?;
+    // SAFETY: the kernel has filled the flags, which are a plain number.
+    let flags = unsafe { request.ifr_ifru.ifru_flags };
+    request.ifr_ifru.ifru_flags = flags | INTERFACE_UP;
+    // SAFETY: the request reads name and flags in `request`.
+    checked(unsafe { libc::ioctl(fd, libc::SIOCSIFFLAGS, &raw const request) })
+}
+
+/// Gives a network interface an address in a network.
+pub(super) fn set_interface_address(
+    name: &str,
+    address: Ipv4Addr,
+    netmask: Ipv4Addr,
+) -> io::Result<()> {
+    let socket = datagram_socket()?;
+    let mut request = interface_request(name)?;
+    for (call, value) in [(libc::SIOCSIFADDR, address), (libc::SIOCSIFNETMASK, netmask)] {
+        request.ifr_ifru.ifru_addr = ipv4_address(value);
+        // SAFETY: the request reads name and address in `request`.
+        checked(unsafe { libc::ioctl(socket.as_raw_fd(), call as _, &raw const request) })?;
+    }
+    Ok(())
+}
+
+/// Sends what is for no network of this machine's own to a gateway.
+pub(super) fn add_default_route(gateway: Ipv4Addr) -> io::Result<()> {
+    let socket = datagram_socket()?;
+    // SAFETY: rtentry is plain data and a pointer that may be null, for which all zeroes is a value.
+    let mut route: libc::rtentry = unsafe { std::mem::zeroed() };
+    route.rt_dst = ipv4_address(Ipv4Addr::UNSPECIFIED);
+    route.rt_genmask = ipv4_address(Ipv4Addr::UNSPECIFIED);
+    route.rt_gateway = ipv4_address(gateway);
+    route.rt_flags = libc::RTF_UP | libc::RTF_GATEWAY;
+    // SAFETY: the request reads the addresses and flags in `route`, which names no device.
+    checked(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCADDRT as _, &raw const route) })
+}
+
+/// Makes a socket for requests about network interfaces.
+fn datagram_socket() -> io::Result<OwnedFd> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+    Ok(socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?)
+}
+
+/// Begins a request about the network interface of that name.
+fn interface_request(name: &str) -> io::Result<libc::ifreq> {
     // SAFETY: ifreq is plain data, for which all zeroes is a value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     // The last byte stays zero, which ends the name.
@@ -294,14 +339,19 @@ pub(super) fn set_interface_up(name: &str) -> io::Result<()> {
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from.cast_signed();
     }
-    let fd = socket.as_raw_fd();
-    // SAFETY: the request reads the name in `request` and writes the flags into it.
-    checked(unsafe { libc::ioctl(fd, libc::SIOCGIFFLAGS, &raw mut request) })?;
-    // SAFETY: the kernel has filled the flags, which are a plain number.
-    let flags = unsafe { request.ifr_ifru.ifru_flags };
-    request.ifr_ifru.ifru_flags = flags | INTERFACE_UP;
-    // SAFETY: the request reads name and flags in `request`.
-    checked(unsafe { libc::ioctl(fd, libc::SIOCSIFFLAGS, &raw const request) })
+    Ok(request)
+}
+
+/// Writes an address as the kernel's structures have it: a `sockaddr_in` in the place of a `sockaddr`.
+fn ipv4_address(address: Ipv4Addr) -> libc::sockaddr {
+    // SAFETY: sockaddr is plain data, for which all zeroes is a value.
+    let mut place: libc::sockaddr = unsafe { std::mem::zeroed() };
+    place.sa_family = INTERNET_FAMILY;
+    // Two bytes of a port come first.
+    for (to, from) in place.sa_data[2..6].iter_mut().zip(address.octets()) {
+        *to = from.cast_signed();
+    }
+    place
 }
 
 /// Writes a byte to an I/O port, where the processor has ports and this process may use them.

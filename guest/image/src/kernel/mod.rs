@@ -260,6 +260,15 @@ impl Kernel {
         self.contains(&[b"tsi_hijack\0"])
     }
 
+    /// Whether the driver of virtio's network device is built into the kernel, as far as its bytes tell: they hold the
+    /// driver's name. It reads all of the kernel.
+    ///
+    /// # Errors
+    /// Those of [`elf`](Self::elf).
+    pub fn drives_virtio_net(&self) -> Result<bool, KernelError> {
+        self.contains(&[b"\0virtio_net\0"])
+    }
+
     /// Whether each of these strings of bytes is in the uncompressed kernel.
     pub(crate) fn contains(&self, strings: &[&[u8]]) -> Result<bool, KernelError> {
         let kernel = self.elf()?;

@@ -124,6 +124,20 @@ fn library(directory: &TempDir, numbers: [u32; 3], optimization: &str) -> PathBu
 const BUNDLE: u32 = 3 << 12;
 
 #[test]
+fn drivers_that_are_built_in_are_found_by_their_names() {
+    for (content, is_there) in [
+        (&b"a\0virtio_net\0b"[..], true),
+        (b"a\0virtio_net: too large\0b", false),
+        (b"a\0no_virtio_net\0b", false),
+        (b"", false),
+    ] {
+        let (_directory, path) = file(&elf(content));
+        let opened = Kernel::open(&path).expect("opens");
+        assert_eq!(opened.drives_virtio_net().expect("reads"), is_there, "{content:?}");
+    }
+}
+
+#[test]
 fn the_kernel_of_a_libkrunfw_becomes_an_elf_file() {
     let directory = TempDir::new().expect("a directory");
     for optimization in ["-O0", "-O2", "-Os"] {

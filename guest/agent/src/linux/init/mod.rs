@@ -1,7 +1,8 @@
 //! The agent as the first process of a machine.
 //!
 //! [`run`] does what [`BootConfig`] says, in this order: what Linux programs expect below `/dev`, `/proc`, `/sys`
-//! and `/run`; kernel modules; the root; `/tmp`; disks; host directories; then it listens on vsock and serves until the machine ends.
+//! and `/run`; kernel modules; the root; `/tmp`; disks; host directories; the network; then it listens on vsock and serves until
+//! the machine ends.
 //!
 //! # When something fails
 //!
@@ -26,6 +27,7 @@ mod disks;
 mod end;
 mod modules;
 mod mounts;
+mod network;
 mod root;
 mod shares;
 
@@ -115,6 +117,9 @@ fn set_up(started: Instant) -> Result<Listener, Failed> {
     mounts::temporary(keeps_temporary)?;
     disks::mount_all(&config.disks)?;
     shares::mount_all(&config)?;
+    if let Some(network) = &config.network {
+        network::set_up(network)?;
+    }
     if let BootRoot::Initial { read_only } = config.root {
         // Every other root came with that directory's end, and a directory of its name is the user's.
         remove_image_dir();
