@@ -5,3 +5,4 @@ mod frames;
 mod hostile_agent;
 mod hostile_machine;
 mod machine;
+mod scripted_agent;

@@ -1,0 +1,157 @@
+//! An agent that says what it should, and what the host makes of it.
+
+use crate::{
+    frames::welcome,
+    hostile_agent::on_paused_time,
+    machine::{Act, Behaviour, Ill, Ports},
+};
+use futures_util::{FutureExt, StreamExt};
+use std::{sync::Arc, time::Duration};
+use vm_guest_protocol::{
+    Channel, Frame, GuestError, GuestErrorKind, ProcessEntry, ProcessExit, Reply, Started,
+};
+use vm_trait::{
+    ExecFailure, ExecRequest, ExecStatus, GuestFileError, ProcessId, VmBackend, VmConfig,
+    VmErrorKind, VmEvent, VmInstance,
+};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn started() -> Frame {
+    Frame::Started(Started { process: 9, pid: 77, stdout: 0, stderr: 0, tty: false, stdin: 0 })
+}
+
+fn failed(path: &str) -> Frame {
+    let path = path.to_owned();
+    Frame::Failed(GuestError { kind: GuestErrorKind::Other, errno: 5, path })
+}
+
+/// Gives a machine that runs, whose agent shakes hands and then plays a script on each connection.
+async fn running(scripts: Vec<Vec<Act>>) -> Arc<dyn VmInstance> {
+    let ill = Ill::new(Behaviour { scripts, ports: Ports::Silent, mute: false });
+    let vm = ill.backend().create(VmConfig::default()).await.expect("create");
+    vm.start().await.expect("it comes up");
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    vm
+}
+
+/// Gives a script that answers each request with some frames on its stream.
+fn answers(answers: Vec<Vec<Frame>>) -> Vec<Act> {
+    let mut script = vec![Act::Frame(0, welcome(false))];
+    for (stream, frames) in (1_u32..).zip(answers) {
+        // What was sent before has arrived by then.
+        script.extend([Act::Wait(Duration::from_millis(1)), Act::Listen]);
+        script.extend(frames.into_iter().map(|frame| Act::Frame(stream, frame)));
+    }
+    script
+}
+
+#[test]
+fn a_machine_runs_once_hands_are_shaken() {
+    on_paused_time(async {
+        let begun = tokio::time::Instant::now();
+        let script = vec![Act::Wait(SECOND * 2), Act::Frame(0, welcome(false))];
+        let _vm = running(vec![script]).await;
+        assert!(begun.elapsed() >= SECOND * 2);
+    });
+}
+
+#[test]
+fn a_program_is_what_the_agent_says_it_is() {
+    let bytes = |offset| Frame::Data { channel: Channel::Stdout, offset, bytes: "out".into() };
+    let exit = ProcessExit { code: Some(3), signal: None, timed_out: false, elapsed_ns: 1 };
+    let eof = |channel, offset| Frame::Eof { channel, offset };
+    let rest = vec![
+        bytes(0),
+        bytes(3),
+        eof(Channel::Stdout, 6),
+        eof(Channel::Stderr, 0),
+        Frame::Exited(exit),
+    ];
+    on_paused_time(async {
+        let mut script = answers(vec![vec![started()]]);
+        script.push(Act::Wait(SECOND));
+        script.extend(rest.into_iter().map(|frame| Act::Frame(1, frame)));
+        let vm = running(vec![script]).await;
+        let process = vm.spawn(ExecRequest::new("x")).await.unwrap();
+        assert_eq!((process.id(), process.pid()), (ProcessId(9), 77));
+        let mut output = Vec::new();
+        while let Some(bytes) = process.read_stdout().await.unwrap() {
+            output.extend_from_slice(&bytes);
+        }
+        assert_eq!(output, b"outout");
+        assert_eq!(process.read_stderr().await.unwrap(), None);
+        assert_eq!(process.offsets().stdout, 6);
+        assert_eq!(process.wait().await.unwrap(), ExecStatus::Exited(3));
+    });
+}
+
+#[test]
+fn metrics_count_what_runs_and_what_went_over_the_link() {
+    let entry = |process, exit| ProcessEntry { process, pid: 1, program: "x".to_owned(), exit };
+    let exit = ProcessExit { code: Some(0), signal: None, timed_out: false, elapsed_ns: 1 };
+    let all = vec![entry(1, None), entry(2, Some(exit)), entry(3, None)];
+    on_paused_time(async {
+        let answer = vec![Frame::Done(Reply::Processes(all))];
+        let vm = running(vec![answers(vec![answer.clone(), answer])]).await;
+        tokio::time::sleep(SECOND).await;
+        assert_eq!(vm.processes().await.unwrap().len(), 3);
+        let metrics = vm.metrics().await.unwrap();
+        assert_eq!(metrics.processes, Some(2));
+        assert!(metrics.boot.is_some());
+        assert!(metrics.uptime.is_some_and(|uptime| uptime >= SECOND));
+        assert_eq!(metrics.paused, Some(Duration::ZERO));
+        assert!(metrics.agent_bytes_sent > Some(0));
+        assert!(metrics.agent_bytes_received > Some(0));
+        assert_eq!(metrics.agent_reconnects, Some(0));
+    });
+}
+
+#[test]
+fn errors_without_a_path_are_of_programs_and_others_of_files() {
+    on_paused_time(async {
+        let vm = running(vec![answers(vec![vec![failed("")], vec![failed("/a")]])]).await;
+        let error = vm.exec(ExecRequest::new("x")).await.unwrap_err();
+        let wanted = ExecFailure::Other { errno: 5 };
+        assert!(
+            matches!(error.kind(), VmErrorKind::ExecFailed { failure } if *failure == wanted),
+            "{error}"
+        );
+        let error = vm.read_file("/a").await.unwrap_err();
+        let wanted = GuestFileError::Io { errno: 5 };
+        assert!(
+            matches!(error.kind(), VmErrorKind::GuestFile { error, .. } if *error == wanted),
+            "{error}"
+        );
+    });
+}
+
+#[test]
+fn a_lost_link_is_told_counted_and_made_anew() {
+    on_paused_time(async {
+        let first = vec![Act::Frame(0, welcome(false)), Act::Wait(SECOND), Act::HangUp];
+        let vm = running(vec![first, vec![Act::Frame(0, welcome(true))]]).await;
+        let mut events = vm.events();
+        tokio::time::sleep(SECOND * 3).await;
+        let mut told = Vec::new();
+        while let Some(Some(event)) = events.next().now_or_never() {
+            told.push(event);
+        }
+        assert_eq!(told, [VmEvent::AgentLost, VmEvent::AgentBack]);
+    });
+}
+
+#[test]
+fn the_input_of_a_program_whose_agent_was_lost_cannot_be_closed() {
+    on_paused_time(async {
+        let mut first = answers(vec![vec![started()]]);
+        first.extend([Act::Wait(SECOND), Act::HangUp]);
+        let vm = running(vec![first, vec![Act::Frame(0, welcome(false))]]).await;
+        let process = vm.spawn(ExecRequest::new("x").open_stdin()).await.unwrap();
+        tokio::time::sleep(SECOND * 3).await;
+        let error = process.close_stdin().await.unwrap_err();
+        assert!(matches!(error.kind(), VmErrorKind::Disconnected), "{error}");
+        let error = process.wait().await.unwrap_err();
+        assert!(matches!(error.kind(), VmErrorKind::Disconnected), "{error}");
+    });
+}
