@@ -118,7 +118,8 @@ fn set_up(started: Instant) -> Result<Listener, Failed> {
     disks::mount_all(&config.disks)?;
     shares::mount_all(&config)?;
     if let Some(network) = &config.network {
-        network::set_up(network)?;
+        // What is in a directory of the host's is for the user's programs to change.
+        network::set_up(network, !matches!(config.root, BootRoot::Shared { .. }))?;
     }
     if let BootRoot::Initial { read_only } = config.root {
         // Every other root came with that directory's end, and a directory of its name is the user's.

@@ -27,8 +27,9 @@ const ANNOUNCE: &str = "arp_notify";
 /// Where programs read who resolves names.
 const RESOLVERS: &str = "/etc/resolv.conf";
 
-/// Gives the device its address, turns it on, and has everything else reached by the gateway.
-pub(super) fn set_up(network: &BootNetwork) -> Result<(), Failed> {
+/// Gives the device its address, turns it on, and has everything else reached by the gateway. Where the root's files may
+/// be written to, one of them names the resolver.
+pub(super) fn set_up(network: &BootNetwork, may_write: bool) -> Result<(), Failed> {
     let device = find(&network.mac)?;
     let fail = |error| Failed::at(STAGE, &device)(error);
     ffi::set_interface_address(&device, network.address, network.netmask()).map_err(fail)?;
@@ -40,7 +41,7 @@ pub(super) fn set_up(network: &BootNetwork) -> Result<(), Failed> {
     ffi::add_default_route(network.gateway)
         .map_err(Failed::at(STAGE, format_args!("route by {}", network.gateway)))?;
     // A guest may have a root that is not written to, and addresses do without names.
-    if let Err(error) = name_resolver(Path::new(RESOLVERS), network.resolver) {
+    if may_write && let Err(error) = name_resolver(Path::new(RESOLVERS), network.resolver) {
         console::say(&format_args!("no resolver in {RESOLVERS}: {error}"));
     }
     Ok(())
