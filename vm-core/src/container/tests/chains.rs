@@ -149,7 +149,8 @@ proptest! {
         let fs = MemoryFs::new();
         write(&fs, &manifest, &steps);
         let last = path(steps.len() - 1);
-        let link = path(link.index(steps.len()));
+        let number = link.index(steps.len());
+        let link = path(number);
         let mut bytes = fs.get(&link).unwrap();
         let at = at.index(bytes.len());
         bytes[at] ^= mask;
@@ -162,8 +163,7 @@ proptest! {
         // A base that is whole, and not the one that was built on.
         let Ok(()) = run(fs.remove(&link)) else { panic!("it was there") };
         prop_assert!(link == last || corrupt(run(open(&fs, &last)).unwrap_err()));
-        let other = Step { total: 1, runs: vec![(0, 1, 1)] };
-        let number = link.file_name().unwrap().to_str().unwrap().parse().unwrap();
+        let other = Step { total: steps[number].total + 1, runs: vec![(0, 1, 1)] };
         run(write_one(&fs, &manifest, number, &other, None)).unwrap();
         prop_assert!(link == last || corrupt(run(open(&fs, &last)).unwrap_err()));
     }
