@@ -283,9 +283,17 @@ fn directory() -> impl Strategy<Value = String> {
     prop::sample::select(vec!["", "/d", "/d/e", "/a"]).prop_map(|rest| format!("{HOME}{rest}"))
 }
 
-fn mode() -> BoxedStrategy<Option<u16>> {
-    prop_oneof![3 => Just(None), 1 => prop::sample::select(vec![0o600, 0o755, 0o4710]).prop_map(Some)]
-        .boxed()
+/// Permission bits with which their owner, who may be an ordinary user, can still do everything.
+fn mode(bits: [u16; 3]) -> BoxedStrategy<Option<u16>> {
+    prop_oneof![3 => Just(None), 1 => prop::sample::select(bits.to_vec()).prop_map(Some)].boxed()
+}
+
+fn file_mode() -> BoxedStrategy<Option<u16>> {
+    mode([0o600, 0o755, 0o4710])
+}
+
+fn directory_mode() -> BoxedStrategy<Option<u16>> {
+    mode([0o700, 0o711, 0o1770])
 }
 
 /// Operations that change at most one name or file, and so take effect at one instant.
@@ -293,7 +301,7 @@ fn small(profile: &Profile) -> BoxedStrategy<Act> {
     let text = prop::sample::select(vec!["", "x", "line\n", "\u{1f980}'\"$"]);
     let times = prop_oneof![6 => 0_u32..20, 1 => 4000_u32..20_000];
     let write =
-        (path(), text.clone(), times.clone(), mode()).prop_map(|(path, text, times, mode)| {
+        (path(), text.clone(), times.clone(), file_mode()).prop_map(|(path, text, times, mode)| {
             Act::Write { path, text: text.to_owned(), times, mode }
         });
     let rename = (path(), path()).prop_map(|(from, to)| Act::Rename { from, to });
@@ -304,7 +312,7 @@ fn small(profile: &Profile) -> BoxedStrategy<Act> {
         (6, path().prop_map(|path| Act::List { path }).boxed()),
         (
             8,
-            (own_path(), mode())
+            (own_path(), directory_mode())
                 .prop_map(|(path, mode)| Act::MakeDir { path, recursive: false, mode })
                 .boxed(),
         ),
@@ -332,7 +340,7 @@ fn small(profile: &Profile) -> BoxedStrategy<Act> {
 /// Operations on many names, which others may see half-way.
 fn whole_trees() -> BoxedStrategy<Act> {
     prop_oneof![
-        3 => (own_path(), mode())
+        3 => (own_path(), directory_mode())
             .prop_map(|(path, mode)| Act::MakeDir { path, recursive: true, mode }),
         2 => own_path().prop_map(|path| Act::Remove { path, recursive: true }),
     ]
