@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// File, packing and direct dependencies of each module.
-const MODULES: [(&str, &str, Packing, &[&str]); 11] = [
+const MODULES: [(&str, &str, Packing, &[&str]); 14] = [
     ("kernel/drivers/virtio/virtio_ring.ko", "virtio_ring", Packing::None, &[]),
     ("kernel/drivers/virtio/virtio.ko.xz", "virtio", Packing::Xz, &["virtio_ring"]),
     (
@@ -30,6 +30,9 @@ const MODULES: [(&str, &str, Packing, &[&str]); 11] = [
     ),
     ("kernel/drivers/virtio_blk.ko", "virtio_blk", Packing::None, &["virtio"]),
     ("kernel/drivers/virtio-rng.ko", "virtio_rng", Packing::None, &["rng-core", "virtio"]),
+    ("kernel/net/failover.ko", "failover", Packing::None, &[]),
+    ("kernel/drivers/net_failover.ko", "net_failover", Packing::None, &["failover"]),
+    ("kernel/drivers/virtio_net.ko", "virtio_net", Packing::None, &["net_failover", "virtio"]),
     ("kernel/fs/overlay.ko", "overlay", Packing::None, &[]),
     ("kernel/fs/fuse/fuse.ko", "fuse", Packing::None, &[]),
     ("kernel/fs/fuse/virtiofs.ko.xz", "virtiofs", Packing::Xz, &["fuse", "virtio"]),
