@@ -96,7 +96,8 @@ pub struct Catch {
 pub struct Bag {
     /// The bugs, in the order of the catalogue.
     pub outcomes: Vec<Outcome>,
-    /// Clauses that caught no bug, where every clause was run.
+    /// Clauses that caught no bug, where every clause was run. A bug that most clauses catch, because hardly anything goes
+    /// well with it, counts for none of them.
     pub idle_clauses: Option<Vec<&'static str>>,
     /// Whether it was ended early.
     pub interrupted: bool,
@@ -148,7 +149,9 @@ impl Hunt {
             Bug::ALL.iter().zip(0..).map(|(it, at)| (it.name(), at)).collect();
         outcomes.sort_by_key(|outcome| order.get(outcome.bug).copied());
         let idle_clauses = (self.reach == Reach::EveryClause).then(|| {
-            let busy: BTreeSet<_> = outcomes.iter().flat_map(|it| it.by.iter().copied()).collect();
+            let most = clauses.len() / 2;
+            let told = outcomes.iter().filter(|outcome| outcome.by.len() <= most);
+            let busy: BTreeSet<_> = told.flat_map(|it| it.by.iter().copied()).collect();
             clauses.iter().map(|clause| clause.id).filter(|id| !busy.contains(id)).collect()
         });
         let interrupted = outcomes.len() < self.bugs.len();

@@ -95,6 +95,24 @@ fn a_bug_that_hides_well_enough_fails_the_command() {
 }
 
 #[test]
+fn clauses_that_catch_no_bug_of_their_own_are_listed() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("mutants.json");
+    let bugs = ["ended-machine-is-kept", "ids-repeat"].map(|bug| ["--only", bug]).concat();
+    let all = ["mutants", "--every-clause", "--seeds", "1", "--json", path.to_str().unwrap()];
+    let (code, text) = vmdst(&[&all[..], &bugs[..]].concat());
+    assert_eq!(code, Some(0), "{text}");
+    let json: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    let by = |outcome: usize| json["outcomes"][outcome]["by"].as_array().unwrap().clone();
+    let idle = json["idle_clauses"].as_array().unwrap();
+    let own = Value::from("lifecycle.ids_are_unique");
+    assert!(by(0).contains(&own) && !idle.contains(&own), "{text}");
+    // Every clause with a machine notices this one.
+    let common = Value::from("exec.every_exit_code");
+    assert!(by(1).contains(&common) && idle.contains(&common), "{text}");
+}
+
+#[test]
 fn bad_usage_is_told_from_survivors() {
     let bad: [&[&str]; 3] = [
         &["mutants", "--only", "no-such-bug"],

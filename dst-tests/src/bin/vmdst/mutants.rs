@@ -30,7 +30,7 @@ pub(crate) struct Arguments {
     /// From how many seeds a bug has to hide. Default 200, or 2 with --every-clause
     #[arg(long, value_name = "N", value_parser = any_number)]
     seeds: Option<u64>,
-    /// Runs every clause against every bug, and lists those that catch nothing
+    /// Runs every clause against every bug, and lists those that catch none, or only bugs that most clauses catch
     #[arg(long)]
     every_clause: bool,
     /// How many bugs are hunted at a time. Default one a core
@@ -129,7 +129,11 @@ fn text(bag: &Bag, width: Option<u16>) -> String {
         text += &format!("SURVIVED {}: {} ({reached})\n", survivor.bug, survivor.sentence);
     }
     if let Some(idle) = &bag.idle_clauses {
-        text += &format!("{} clauses caught nothing: {}\n", idle.len(), idle.join(", "));
+        text += &format!(
+            "{} clauses caught no bug but those that most clauses catch: {}\n",
+            idle.len(),
+            idle.join(", ")
+        );
     }
     let (bugs, survived) = (bag.outcomes.len(), survivors.len());
     text + &format!(
