@@ -1,6 +1,6 @@
 //! Events.
 
-use super::probe::{SOON, Stage, Vm, millis, order, script};
+use super::probe::{SOON, Stage, Vm, millis, order, script, started};
 use crate::{
     clause,
     clause::{Broken, Clause, Verdict},
@@ -193,13 +193,14 @@ async fn lost_agent_is_told(ctx: &Context) -> Verdict {
 }
 
 async fn no_return_without_loss(ctx: &Context) -> Verdict {
-    let vm = ctx.running().await?;
+    let link = Duration::from_secs(4);
+    let vm = started(ctx, |config| config.timeouts.link = link).await?;
     let mut events = vm.events();
     let ready = vm.spawn(script("trap '' TERM; echo ready; sleep 1000")).await?;
     ensure!(ready.read_stdout().await?.is_some(), "the program ended");
     let ordered = order(ctx, FaultOrder::next(FaultKind::LinkStall).on(vm.id()))?;
     // Longer than it takes to notice that nothing comes, and to connect again.
-    let grace = millis(ctx, 0, 500) + vm.config().timeouts.link;
+    let grace = millis(ctx, 0, 500) + link;
     vm.stop(StopOptions::default().with_grace(grace)).await?;
     ordered.must_have_fired(ctx)?;
     let mut lost = false;
