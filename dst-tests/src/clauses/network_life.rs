@@ -14,7 +14,6 @@ use crate::{
 };
 use futures_util::future::join;
 use std::{
-    io,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -27,8 +26,8 @@ use vm_core::{
     machine::Link,
 };
 use vm_trait::{
-    Capability, ExecStatus, ForkOptions, GuestProcess, OutputOffsets, ProcessId, RestoreOptions,
-    Signal, SnapshotOptions, StopOptions, VmErrorKind, VmState,
+    Capability, ExecStatus, ForkOptions, GuestProcess, NetworkConfig, OutputOffsets, ProcessId,
+    RestoreOptions, Signal, SnapshotOptions, StopOptions, VmErrorKind, VmState,
 };
 
 /// The clauses on networks and the life of their machine.
@@ -162,10 +161,14 @@ async fn pause(ctx: &Context) -> Verdict {
             let (came, length) = (Arc::clone(&came), bytes.len());
             ctx.spawn(async move {
                 let mut all = Vec::new();
-                while all.len() < length && reader.read_buf(&mut all).await? > 0 {
-                    came.store(all.len(), Ordering::Relaxed);
+                while all.len() < length {
+                    match reader.read_buf(&mut all).await {
+                        Ok(0) => break,
+                        Ok(_) => came.store(all.len(), Ordering::Relaxed),
+                        Err(error) => return (all, Err(error)),
+                    }
                 }
-                Ok::<_, io::Error>(all)
+                (all, Ok(()))
             })
         };
         for _ in 0..ctx.draw(1, 3) {
@@ -179,9 +182,17 @@ async fn pause(ctx: &Context) -> Verdict {
             ensure!(after == before, "{} bytes came from a paused machine", after - before);
             machine.vm.resume().await?;
         }
-        let _writer = fine("sending across pauses", sending.join().await?)?;
-        let all = ctx.within(LONG, "the rest", receiving.join()).await??;
-        same_bytes(&fine("receiving across pauses", all)?, &bytes, "across pauses")?;
+        let sent = sending.join().await?;
+        let (all, received) = ctx.within(LONG, "the rest", receiving.join()).await??;
+        // A real passt gives up a guest that does not answer for some seconds, which a busy host can make of a pause.
+        let may_reset = matches!(network, NetworkConfig::Passt(_)) && !ctx.is_simulated();
+        if may_reset && (received.is_err() || sent.is_err()) {
+            ensure!(bytes.starts_with(&all), "what came before a reset is not what was sent");
+            continue;
+        }
+        let _writer = fine("sending across pauses", sent)?;
+        fine("receiving across pauses", received)?;
+        same_bytes(&all, &bytes, "across pauses")?;
     }
     Ok(())
 }
@@ -224,7 +235,7 @@ struct Source {
 }
 
 impl Source {
-    async fn make(ctx: &Context, network: &vm_trait::NetworkConfig) -> Result<Self, Broken> {
+    async fn make(ctx: &Context, network: &NetworkConfig) -> Result<Self, Broken> {
         let machine = Networked::start(ctx, network, 2).await?;
         let echo = machine.echo(ctx).await?;
         let stream = machine.connect(ctx).await?;

@@ -37,6 +37,8 @@ pub enum NetworkConfig {
     Tsi(PortMap),
     /// A network device whose packets a `passt` process of the host turns into its own connections, in both ways. The host's
     /// loopback address is not reached by it. It needs a guest kernel with a driver for the device.
+    /// A real `passt` gives up connections whose guest does not answer for some seconds, so one may be reset across a pause on
+    /// a busy host.
     /// `/etc/resolv.conf` names the host's resolver where the root has none, unless the root is a directory of the host
     /// ([`RootSource::Shared`](crate::RootSource::Shared)).
     Passt(PortMap),
