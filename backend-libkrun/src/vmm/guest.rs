@@ -1,6 +1,7 @@
 //! [`Guest`]: the child in which libkrun runs the machine, from outside and from inside.
 
 use super::{
+    child,
     context::{Context, Refused},
     freeze::{self, Freezer},
     passt::Passt,
@@ -174,19 +175,10 @@ impl Guest {
         let mut last = Ok(());
         until(BEGINNING, LOOK, || {
             last = self.freezer.hold(PATIENCE);
-            (last.is_ok() || self.is_over()).then_some(())
+            (last.is_ok() || child::is_over(self.exact.as_fd())).then_some(())
         });
         last?;
-        self.signal(Signal::STOP)?;
-        let options = WaitIdOptions::STOPPED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-        let stopped = until(PATIENCE, LOOK, || {
-            match rustix::process::waitid(WaitId::PidFd(self.exact.as_fd()), options) {
-                Ok(seen) if seen.is_some_and(|seen| seen.stopped()) => Some(true),
-                Ok(_) => self.is_over().then_some(false),
-                Err(_) => Some(false),
-            }
-        });
-        if stopped == Some(true) {
+        if child::stop(self.exact.as_fd(), PATIENCE)? {
             return Ok(());
         }
         let _ = self.resume_guest();
@@ -234,13 +226,6 @@ impl Guest {
         status
     }
 
-    fn is_over(&self) -> bool {
-        use rustix::event::{PollFd, PollFlags, Timespec, poll};
-        let mut exit = [PollFd::new(&self.exact, PollFlags::IN)];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        matches!(poll(&mut exit, Some(&now)), Ok(1..))
-    }
-
     fn signal(&self, signal: Signal) -> io::Result<()> {
         Ok(rustix::process::pidfd_send_signal(&self.exact, signal)?)
     }
@@ -272,10 +257,7 @@ fn become_machine(
     orders: OwnedFd,
 ) -> io::Result<Never> {
     // Also a stopped process ends by it, and the launcher's only thread is its parent for as long as it lives.
-    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
-    if rustix::process::getppid() != Some(launcher) {
-        return Err(io::Error::other("the launcher is gone"));
-    }
+    child::die_with(launcher)?;
     dup2_stderr(words)?;
     let mut kept = plan.fds();
     kept.extend([console.as_fd(), words.as_fd(), orders.as_fd()]);

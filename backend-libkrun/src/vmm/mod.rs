@@ -10,6 +10,7 @@
 //! | what a machine is made of | `plan` |
 //! | the child, from outside and from inside | `guest` |
 //! | libkrun's calls | `context` |
+//! | how the launcher's processes end with it, and stand still | `child` |
 //! | how virtual processors and the guest's clock stand still | `freeze` |
 //! | where the agent's socket is | `place` |
 //! | the process by which a guest's packets reach the host | `passt` |
@@ -18,6 +19,7 @@
 //! | how host directories become one tree | `tree` |
 //! | waiting for what nothing tells of | `until` |
 
+mod child;
 mod context;
 mod freeze;
 mod guest;

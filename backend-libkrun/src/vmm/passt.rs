@@ -1,15 +1,14 @@
 //! [`Passt`]: the process that makes connections of the host's out of a guest's packets, and packets out of those.
 #![allow(unsafe_code)]
 
-use super::{ports::HostPorts, until::until};
+use super::{child, ports::HostPorts};
 use command_fds::{CommandFdExt, FdMapping};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::OFlags,
-    io::Errno,
     net::{AddressFamily, SocketFlags, SocketType},
     pipe::PipeFlags,
-    process::{Gid, Pid, Signal, Uid, WaitId, WaitIdOptions},
+    process::{Gid, Signal, Uid},
 };
 use std::{
     ffi::OsStr,
@@ -38,7 +37,6 @@ const PATIENCE: Timespec = Timespec { tv_sec: 20, tv_nsec: 0 };
 
 /// How long it may take to stand still.
 const STOPPED: Duration = Duration::from_secs(5);
-const LOOK: Duration = Duration::from_millis(1);
 
 /// How much of what it says is told: the beginning, which is followed by a list of options where it was told something that it
 /// does not know.
@@ -112,7 +110,7 @@ impl Passt {
             .map_err(io::Error::other)?;
         let launcher = rustix::process::getpid();
         // SAFETY: what runs between fork and exec makes two system calls and allocates nothing.
-        unsafe { command.pre_exec(move || die_with(launcher)) };
+        unsafe { command.pre_exec(move || child::die_with(launcher)) };
         let process = Process::new(command.spawn()?)?;
         Ok(Self {
             exact: process.exact()?,
@@ -163,13 +161,10 @@ impl Passt {
     /// # Errors
     /// When it does not.
     pub(super) fn pause(&self) -> io::Result<()> {
-        self.signal(Signal::STOP)?;
-        let options = WaitIdOptions::STOPPED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-        let stopped = until(STOPPED, LOOK, || {
-            let seen = rustix::process::waitid(WaitId::PidFd(self.exact.as_fd()), options);
-            matches!(seen, Ok(Some(seen)) if seen.stopped()).then_some(())
-        });
-        stopped.ok_or_else(|| io::Error::other("passt does not stop"))
+        match child::stop(self.exact.as_fd(), STOPPED)? {
+            true => Ok(()),
+            false => Err(io::Error::other("passt does not stop")),
+        }
     }
 
     /// Lets it go on.
@@ -196,15 +191,6 @@ impl Passt {
 
     fn signal(&self, signal: Signal) -> io::Result<()> {
         Ok(rustix::process::pidfd_send_signal(&self.exact, signal)?)
-    }
-}
-
-/// Has this process end with the launcher, also where it is stopped.
-fn die_with(launcher: Pid) -> io::Result<()> {
-    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
-    match rustix::process::getppid() {
-        Some(parent) if parent == launcher => Ok(()),
-        _ => Err(Errno::SRCH.into()),
     }
 }
 

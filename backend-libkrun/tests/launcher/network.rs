@@ -36,8 +36,8 @@ pub(crate) fn config(network: NetworkConfig) -> VmConfig {
     config
 }
 
-async fn started(config: VmConfig) -> Arc<dyn VmInstance> {
-    let vm = backend().create(config).await.unwrap();
+pub(crate) async fn started(backend: &dyn VmBackend, config: VmConfig) -> Arc<dyn VmInstance> {
+    let vm = backend.create(config).await.unwrap();
     if let Err(error) = vm.start().await {
         panic!("{error}\n{}", String::from_utf8_lossy(&vm.console()));
     }
@@ -96,7 +96,7 @@ pub(crate) const SERVE: &str =
 fn a_guest_with_tsi_is_reached_and_reaches_its_host() {
     run(|| async {
         let (mapped, there) = (free_port(), host_server("from the host"));
-        let vm = started(config(NetworkConfig::tsi().with_port(mapped, 80))).await;
+        let vm = started(&backend(), config(NetworkConfig::tsi().with_port(mapped, 80))).await;
         assert_eq!(fetched(mapped), None, "nobody listens in the guest yet");
         assert_eq!(sh(&vm, SERVE).await, "served\n");
         let text = tokio::task::spawn_blocking(move || fetched_soon(mapped)).await.unwrap();
@@ -140,7 +140,7 @@ fn a_guest_without_network_reaches_nothing_whatever_its_kernel_can() {
         let mut config = config(NetworkConfig::None);
         // As a guest would that has its kernel do what nobody asked for.
         config.kernel = KernelConfig::default().with_cmdline("tsi_hijack");
-        let vm = started(config).await;
+        let vm = started(&backend(), config).await;
         let heard = sh(&vm, &format!("timeout 10 nc 127.0.0.1 {there} </dev/null; echo $?")).await;
         assert!(!heard.contains("from the host") && !heard.ends_with("\n0\n"), "{heard}");
         sh(&vm, "mkdir -p /srv && echo from the guest > /srv/word && httpd -p 8091 -h /srv").await;

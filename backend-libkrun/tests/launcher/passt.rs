@@ -1,7 +1,7 @@
 //! Machines whose network goes by passt, seen from the host: with stand-ins of passt that fail, and with the real one and
 //! guests, which takes a KVM that runs them.
 
-use crate::network::{SERVE, config, fetched, fetched_soon, free_port, run, sh};
+use crate::network::{SERVE, config, fetched, fetched_soon, free_port, run, sh, started};
 use crate::{RING, begin, set_up};
 use std::{
     fs::{self, File},
@@ -20,7 +20,7 @@ use std::{
 use vm_backend_libkrun::{KrunHypervisor, control::ToLauncher};
 use vm_core::machine::MachineError;
 use vm_launcher::backend::on_this_host;
-use vm_trait::{NetworkConfig, StopOptions, VmBackend, VmErrorKind, VmInstance, VmState};
+use vm_trait::{NetworkConfig, StopOptions, VmBackend, VmErrorKind, VmState};
 
 const SOON: Duration = Duration::from_secs(10);
 
@@ -109,14 +109,6 @@ fn backend(hypervisor: &Arc<KrunHypervisor>) -> impl VmBackend {
     on_this_host(hypervisor.clone(), None, Arc::new(vm_core::observe::NoObserver))
 }
 
-async fn started(hypervisor: &Arc<KrunHypervisor>, network: NetworkConfig) -> Arc<dyn VmInstance> {
-    let vm = backend(hypervisor).create(config(network)).await.unwrap();
-    if let Err(error) = vm.start().await {
-        panic!("{error}\n{}", String::from_utf8_lossy(&vm.console()));
-    }
-    vm
-}
-
 /// The passt of a launcher: which of its children was started with passt's arguments.
 fn passt_of(launcher: u32) -> u32 {
     let children = fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children"));
@@ -167,7 +159,7 @@ fn a_guest_with_passt_is_reached_and_reaches_out() {
         let (mapped, other) = (free_port(), free_port());
         let machines = hypervisor();
         let network = NetworkConfig::passt().with_port(mapped, 80).with_port(other, 81);
-        let vm = started(&machines, network).await;
+        let vm = started(&backend(&machines), config(network)).await;
         assert_eq!(fetched(mapped), None, "nobody listens in the guest yet");
         assert_eq!(sh(&vm, SERVE).await, "served\n");
         assert!(word_of(mapped).await.is_some_and(|it| it.contains("from the guest")));
@@ -202,7 +194,8 @@ fn passt_has_nothing_that_it_does_not_need_and_ends_with_its_launcher() {
         let machines = hypervisor();
         for paused in [true, false] {
             let mapped = free_port();
-            let vm = started(&machines, NetworkConfig::passt().with_port(mapped, 80)).await;
+            let network = NetworkConfig::passt().with_port(mapped, 80);
+            let vm = started(&backend(&machines), config(network)).await;
             let launcher = machines.launcher_pid(vm.id()).unwrap();
             let passt = passt_of(launcher);
             let at = |name: &str| PathBuf::from(format!("/proc/{passt}/{name}"));
@@ -238,7 +231,8 @@ fn a_machine_ends_with_its_passt() {
     run(|| async {
         let machines = hypervisor();
         let mapped = free_port();
-        let vm = started(&machines, NetworkConfig::passt().with_port(mapped, 80)).await;
+        let network = NetworkConfig::passt().with_port(mapped, 80);
+        let vm = started(&backend(&machines), config(network)).await;
         signal(passt_of(machines.launcher_pid(vm.id()).unwrap()), "-KILL");
         soon("the end of the machine", || vm.state() != VmState::Running);
         assert!(matches!(vm.state(), VmState::Crashed(_)), "{:?}", vm.state());
