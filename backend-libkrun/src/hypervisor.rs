@@ -175,7 +175,7 @@ impl Hypervisor for KrunHypervisor {
 
     fn check(&self, config: &VmConfig) -> Result<(), MachineError> {
         let kernel = self.maker.images.check_kernel(config.kernel.path.as_deref())?;
-        self.maker.check_network(kernel, config)?;
+        self.maker.passt_for(kernel, &config.network)?;
         files::check(config)
     }
 

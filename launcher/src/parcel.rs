@@ -48,21 +48,16 @@ pub struct Maker {
 }
 
 impl Maker {
-    /// Checks that what the network needs of kernel and host is there.
+    /// Checks that what a network needs of kernel and host is there, and gives the passt that it needs, if it needs one.
     ///
     /// # Errors
     /// [`MachineError::Config`] for `network`.
-    pub fn check_network(
+    pub fn passt_for(
         &self,
         kernel: KernelTraits,
-        config: &VmConfig,
-    ) -> Result<(), MachineError> {
-        images::check_network(kernel, &config.network)?;
-        self.passt_for(&config.network).map(drop)
-    }
-
-    /// Gives the passt that a network needs, if it needs one.
-    fn passt_for(&self, network: &NetworkConfig) -> Result<Option<PathBuf>, MachineError> {
+        network: &NetworkConfig,
+    ) -> Result<Option<PathBuf>, MachineError> {
+        images::check_network(kernel, network)?;
         if !matches!(network, NetworkConfig::Passt(_)) {
             return Ok(None);
         }
@@ -170,8 +165,7 @@ impl Parcel {
             _ => return Err(MachineError::Unsupported("this kind of root".to_owned())),
         };
         let prepared = maker.images.prepare(config.kernel.path.as_deref(), root_dir)?;
-        images::check_network(prepared.traits, &config.network)?;
-        let passt = maker.passt_for(&config.network)?;
+        let passt = maker.passt_for(prepared.traits, &config.network)?;
         let mut devices = Devices::default();
         let mut needs = vec![Need::Vsock, Need::Entropy];
         let root = match root_image {
