@@ -1,23 +1,16 @@
 //! Disks, by their serial strings.
 
-use super::{Failed, mounts};
+use super::{Failed, devices, mounts};
 use rustix::{io::Errno, mount::MountFlags};
 use std::{
-    fs::{self, File},
+    fs::File,
     io,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    thread,
-    time::{Duration, Instant},
 };
 use vm_guest_protocol::boot::BootDisk;
 
 const STAGE: &str = "disks";
-
-/// How long a disk may take to appear, and how long is waited before it is looked for again.
-const PATIENCE: Duration = Duration::from_secs(5);
-const FIRST_PAUSE: Duration = Duration::from_millis(1);
-const LAST_PAUSE: Duration = Duration::from_millis(50);
 
 /// Where block devices are listed.
 const LIST: &str = "/sys/block";
@@ -37,41 +30,22 @@ pub(super) fn mount_all(disks: &[BootDisk]) -> Result<(), Failed> {
 
 /// Finds the device of a disk, waiting for it for some seconds.
 pub(super) fn find(stage: &'static str, serial: &str) -> Result<PathBuf, Failed> {
-    let end = Instant::now() + PATIENCE;
-    let mut pause = FIRST_PAUSE;
-    loop {
-        let all = serials(Path::new(LIST));
-        let found =
-            all.iter().find(|(_, it)| it == serial).map(|(name, _)| Path::new("/dev").join(name));
-        if let Some(device) = found.filter(|device| device.exists()) {
-            return Ok(device);
-        }
-        if Instant::now() >= end {
-            let seen: Vec<&str> = all.iter().map(|(_, serial)| serial.as_str()).collect();
-            let reason = format!("no disk `{serial}`, only [{}]", seen.join(", "));
-            return Err(Failed::new(stage, reason));
-        }
-        thread::sleep(pause);
-        pause = (pause * 2).min(LAST_PAUSE);
-    }
+    let mut all = Vec::new();
+    let found = devices::wait_for(|| {
+        all = serials(Path::new(LIST));
+        let named = all.iter().find(|(_, it)| it == serial);
+        named.map(|(name, _)| Path::new("/dev").join(name)).filter(|device| device.exists())
+    });
+    found.ok_or_else(|| {
+        let seen: Vec<&str> = all.iter().map(|(_, serial)| serial.as_str()).collect();
+        Failed::new(stage, format_args!("no disk `{serial}`, only [{}]", seen.join(", ")))
+    })
 }
 
 /// Lists block devices that have a serial string, by name.
 fn serials(list: &Path) -> Vec<(String, String)> {
-    let mut found: Vec<(String, String)> = fs::read_dir(list)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|entry| {
-            // virtio-blk has it at the first place, others at the second.
-            let serial = ["serial", "device/serial"]
-                .into_iter()
-                .find_map(|file| fs::read_to_string(entry.path().join(file)).ok())?;
-            Some((entry.file_name().into_string().ok()?, serial.trim_end().to_owned()))
-        })
-        .collect();
-    found.sort_unstable();
-    found
+    // virtio-blk has it at the first place, others at the second.
+    devices::list(list, &["serial", "device/serial"])
 }
 
 /// Mounts the file system of a device.
@@ -112,6 +86,7 @@ fn identify(device: &File) -> io::Result<&'static str> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::fs;
 
     fn file_with(bytes: &[u8], at: u64, len: u64) -> File {
         let file = tempfile::tempfile().unwrap();

@@ -23,6 +23,7 @@
 //! initial file system, what the machine was started from is emptied.
 
 mod console;
+mod devices;
 mod disks;
 mod end;
 mod modules;

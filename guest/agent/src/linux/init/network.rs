@@ -1,21 +1,11 @@
 //! The network device.
 
-use super::{Failed, console};
+use super::{Failed, console, devices};
 use crate::linux::ffi;
-use std::{
-    fs, io,
-    net::Ipv4Addr,
-    path::Path,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{fs, io, net::Ipv4Addr, path::Path};
 use vm_guest_protocol::boot::BootNetwork;
 
 const STAGE: &str = "network";
-
-/// How long a device may take to appear, and how long is waited before it is looked for again.
-const PATIENCE: Duration = Duration::from_secs(5);
-const PAUSE: Duration = Duration::from_millis(5);
 
 /// Where network devices are listed.
 const LIST: &str = "/sys/class/net";
@@ -50,35 +40,21 @@ pub(super) fn set_up(network: &BootNetwork, may_write: bool) -> Result<(), Faile
 /// Finds the device with this hardware address, waiting for it for some seconds.
 fn find(mac: &[u8; 6]) -> Result<String, Failed> {
     let wanted = mac.map(|byte| format!("{byte:02x}")).join(":");
-    let end = Instant::now() + PATIENCE;
-    loop {
-        let all = addresses(Path::new(LIST));
-        if let Some((name, _)) = all.iter().find(|(_, address)| *address == wanted) {
-            return Ok(name.clone());
-        }
-        if Instant::now() >= end {
-            let seen: Vec<String> =
-                all.iter().map(|(name, address)| format!("{name} {address}")).collect();
-            let reason = format!("no device {wanted}, only [{}]", seen.join(", "));
-            return Err(Failed::new(STAGE, reason));
-        }
-        thread::sleep(PAUSE);
-    }
+    let mut all = Vec::new();
+    let found = devices::wait_for(|| {
+        all = addresses(Path::new(LIST));
+        all.iter().find(|(_, address)| *address == wanted).map(|(name, _)| name.clone())
+    });
+    found.ok_or_else(|| {
+        let seen: Vec<String> =
+            all.iter().map(|(name, address)| format!("{name} {address}")).collect();
+        Failed::new(STAGE, format_args!("no device {wanted}, only [{}]", seen.join(", ")))
+    })
 }
 
 /// Lists network devices with their hardware addresses, by name.
 fn addresses(list: &Path) -> Vec<(String, String)> {
-    let mut found: Vec<(String, String)> = fs::read_dir(list)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|entry| {
-            let address = fs::read_to_string(entry.path().join("address")).ok()?;
-            Some((entry.file_name().into_string().ok()?, address.trim_end().to_owned()))
-        })
-        .collect();
-    found.sort_unstable();
-    found
+    devices::list(list, &["address"])
 }
 
 /// Names the resolver, unless the root's own files name one.

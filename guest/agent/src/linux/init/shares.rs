@@ -1,13 +1,8 @@
 //! Directories of the host, which all come by one virtiofs device.
 
-use super::{Failed, mounts};
+use super::{Failed, devices, mounts};
 use rustix::{io::Errno, mount::MountFlags};
-use std::{
-    fs,
-    path::Path,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{fs, path::Path};
 use vm_guest_protocol::boot::{BootConfig, BootRoot, BootShare};
 
 const STAGE: &str = "shares";
@@ -15,10 +10,6 @@ const STAGE: &str = "shares";
 const KIND: &str = "virtiofs";
 
 const NEITHER: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
-
-/// How long a device may take to appear, and how long is waited before it is tried again.
-const PATIENCE: Duration = Duration::from_secs(5);
-const PAUSE: Duration = Duration::from_millis(10);
 
 /// Where their device is mounted, beneath a directory that hides it. It stays mounted: some kernels forget what a directory
 /// of it is once they have no use for its parent.
@@ -74,14 +65,14 @@ fn is_known(list: &str) -> bool {
 }
 
 fn wait_and_mount() -> rustix::io::Result<()> {
-    let end = Instant::now() + PATIENCE;
-    loop {
+    let mounted = devices::wait_for(|| {
         match rustix::mount::mount(BootShare::TAG, PLACE, KIND, NEITHER, c"") {
             // There is no device of that tag yet.
-            Err(Errno::INVAL) if Instant::now() < end => thread::sleep(PAUSE),
-            other => return other,
+            Err(Errno::INVAL) => None,
+            other => Some(other),
         }
-    }
+    });
+    mounted.unwrap_or(Err(Errno::INVAL))
 }
 
 /// Shows one directory of the device where it is to be seen.
