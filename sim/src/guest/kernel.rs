@@ -399,10 +399,7 @@ impl Kernel {
     /// Makes what is missing of the directories that every root has, in a root that is the host's.
     fn make_places(&mut self) -> Result<(), SetupError> {
         for place in BootRoot::PLACES {
-            let (uid, gid, umask, now_ns) = (0, 0, 0, self.wall_ns());
-            let (cwd, processes) = (self.vfs.top, &self.processes);
-            let who = Caller { pid: AGENT, uid, gid, cwd, umask, now_ns, processes };
-            let made = self.vfs.make_place(&who, place);
+            let made = self.vfs.make_place(&booting(self.vfs.top, &self.processes), place);
             made.map_err(|_| SetupError::Root { place })?;
         }
         Ok(())
@@ -416,15 +413,7 @@ impl Kernel {
             return Err(Errno::INVAL);
         }
         for (end, _) in path.match_indices('/').skip(1).chain([(path.len(), "")]) {
-            let who = Caller {
-                pid: AGENT,
-                uid: 0,
-                gid: 0,
-                cwd: self.vfs.top,
-                umask: 0,
-                now_ns: 0,
-                processes: &self.processes,
-            };
+            let who = booting(self.vfs.top, &self.processes);
             match self.vfs.mkdir(&who, &path[..end], 0o755) {
                 Ok(_) | Err(Errno::EXIST) => {}
                 Err(errno) => return Err(errno),
@@ -434,4 +423,9 @@ impl Kernel {
         let is_mounted = at.node == super::tree::TOP;
         if self.vfs.is_dir(at) && !is_mounted { Ok(at) } else { Err(Errno::NOTDIR) }
     }
+}
+
+/// Says who makes directories as a guest boots, when its clocks show nothing yet.
+fn booting(cwd: Ino, processes: &BTreeMap<u32, Process>) -> Caller<'_> {
+    Caller { pid: AGENT, uid: 0, gid: 0, cwd, umask: 0, now_ns: 0, processes }
 }

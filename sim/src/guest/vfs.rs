@@ -234,6 +234,7 @@ impl Vfs {
         let inode = self.inode(at)?;
         let dir = inode.dir().ok_or(Errno::NOTDIR)?;
         who.may(inode, 1)?;
+        let own = self.own_place(at, name);
         let node = match name {
             "." => return Ok(Some(at)),
             ".." if at == self.top => return Ok(Some(at)),
@@ -243,12 +244,12 @@ impl Vfs {
                 return self.child(who, *on, "..");
             }
             ".." => dir.parent,
-            name => match self.own_place(at, name).or(dir.entries.get(name)) {
+            name => match own.or_else(|| dir.entries.get(name)) {
                 Some(node) => *node,
                 None => return Ok(None),
             },
         };
-        let fs = if self.own_place(at, name).is_some() { ROOT_FS } else { at.fs };
+        let fs = if own.is_some() { ROOT_FS } else { at.fs };
         let ino = Ino { fs, node };
         if ino == ROOT {
             return Ok(Some(self.top));
