@@ -11,7 +11,7 @@ use vm_trait::Capabilities;
 
 mod acts;
 pub mod compare;
-mod ears;
+pub(crate) mod ears;
 pub mod generate;
 pub mod linear;
 pub mod model;

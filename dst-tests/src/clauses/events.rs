@@ -6,6 +6,7 @@ use crate::{
     clause::{Broken, Clause, Verdict},
     context::Context,
     ensure, ensure_eq,
+    history::ears::Ear,
 };
 use futures_util::StreamExt;
 use std::time::Duration;
@@ -195,7 +196,7 @@ async fn lost_agent_is_told(ctx: &Context) -> Verdict {
 async fn no_return_without_loss(ctx: &Context) -> Verdict {
     let link = Duration::from_secs(4);
     let vm = started(ctx, |config| config.timeouts.link = link).await?;
-    let mut events = vm.events();
+    let mut ear = Ear::new(&*vm);
     let ready = vm.spawn(script("trap '' TERM; echo ready; sleep 1000")).await?;
     ensure!(ready.read_stdout().await?.is_some(), "the program ended");
     let ordered = order(ctx, FaultOrder::next(FaultKind::LinkStall).on(vm.id()))?;
@@ -203,21 +204,7 @@ async fn no_return_without_loss(ctx: &Context) -> Verdict {
     let grace = millis(ctx, 0, 500) + link;
     vm.stop(StopOptions::default().with_grace(grace)).await?;
     ordered.must_have_fired(ctx)?;
-    let mut lost = false;
-    for event in told(ctx, &mut events).await {
-        match event {
-            VmEvent::AgentLost => {
-                ensure!(!lost, "a loss was told twice");
-                lost = true;
-            }
-            VmEvent::AgentBack => {
-                ensure!(lost, "a return was told, and no loss");
-                lost = false;
-            }
-            _ => {}
-        }
-    }
-    Ok(())
+    ear.listen(&vm.state()).map_err(Broken::new)
 }
 
 async fn slow_reader(ctx: &Context) -> Verdict {

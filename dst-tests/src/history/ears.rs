@@ -4,7 +4,7 @@ use futures_util::{FutureExt, StreamExt};
 use vm_trait::{EventStream, VmEvent, VmInstance, VmState};
 
 /// Listens to one machine from the moment on at which there is a handle to it.
-pub(super) struct Ear {
+pub(crate) struct Ear {
     events: EventStream,
     /// Where the last change of state led that was heard of.
     last: Option<VmState>,
@@ -13,7 +13,7 @@ pub(super) struct Ear {
 }
 
 impl Ear {
-    pub(super) fn new(vm: &dyn VmInstance) -> Self {
+    pub(crate) fn new(vm: &dyn VmInstance) -> Self {
         Self { events: vm.events(), last: None, lost: false }
     }
 
@@ -22,7 +22,7 @@ impl Ear {
     /// # Errors
     /// What cannot be: a change that does not begin where the one before ended, one that no life has, an agent that
     /// comes back without having been lost, or a state that nobody was told of.
-    pub(super) fn listen(&mut self, now: &VmState) -> Result<(), String> {
+    pub(crate) fn listen(&mut self, now: &VmState) -> Result<(), String> {
         while let Some(Some(event)) = self.events.next().now_or_never() {
             match event {
                 VmEvent::State { from, to } => self.change(&from, &to)?,

@@ -224,10 +224,10 @@ fn simpler_acts(act: &Act) -> Vec<Act> {
                 Act::Fork { into }
             }));
         }
-        Act::MakeDir { path, recursive, mode } if *recursive || mode.is_some() => {
-            simpler.push(Act::MakeDir { path: path.clone(), recursive: false, mode: None });
-            simpler.push(Act::MakeDir { path: path.clone(), recursive: *recursive, mode: None });
-            simpler.retain(|simpler| simpler != act);
+        Act::MakeDir { path, recursive, mode } => {
+            let with = |recursive, mode| Act::MakeDir { path: path.clone(), recursive, mode };
+            simpler.extend(recursive.then(|| with(false, *mode)));
+            simpler.extend(mode.map(|_| with(*recursive, None)));
         }
         Act::Remove { path, recursive: true } => {
             simpler.push(Act::Remove { path: path.clone(), recursive: false });

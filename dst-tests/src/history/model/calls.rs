@@ -6,7 +6,7 @@ use super::{
         script::{Act, Call, Program},
     },
     Want,
-    files::{FileResult, Node, is_valid},
+    files::{FileResult, Node, is_valid, repeated},
     worlds::{Guest, Keeper, Machine, Stage, Taken, World},
 };
 use std::collections::BTreeSet;
@@ -236,16 +236,11 @@ impl World {
                 }
                 same(ran(&machine.guest, program, *timeout_ms, *output_limit))
             }
-            Act::Connect { port } if matches!(*port, 0 | AGENT_PORT | u32::MAX) => {
-                same(invalid("port"))
-            }
-            Act::Exchange { port, .. } if matches!(*port, 0 | u32::MAX) => same(invalid("port")),
             Act::Exchange { text, times, .. } => {
-                let stdout = text.repeat(usize::try_from(*times).unwrap_or(0));
+                let stdout = repeated(text, *times);
                 same(ok(Seen::Ran { status: "exited 0".to_owned(), stdout, dropped: 0 }))
             }
             Act::Connect { .. } => same(Want::Is(Outcome::Failed("connect_refused".to_owned()))),
-            Act::Listen { port } if matches!(*port, 0 | u32::MAX) => same(invalid("port")),
             Act::Random => same(text("new")),
             Act::Spawn { .. } | Act::Ask { .. } | Act::Reap { .. } | Act::Processes => {
                 self.on_keepers(vm, &machine.guest, act)
@@ -411,6 +406,10 @@ fn ran(guest: &Guest, program: &Program, timeout_ms: Option<u32>, limit: Option<
         let stdout = String::from_utf8_lossy(&stdout.as_bytes()[..kept]).into_owned();
         ok(Seen::Ran { status, stdout, dropped })
     };
+    let cat = |path: &str| match guest.files.read(path) {
+        Ok(text) => ends("exited 0".to_owned(), text),
+        Err(_) => ends("exited 1".to_owned(), String::new()),
+    };
     match program {
         Program::Echo(text) => ends("exited 0".to_owned(), format!("{text}\n")),
         Program::Exit(code) => ends(format!("exited {code}"), String::new()),
@@ -418,20 +417,12 @@ fn ran(guest: &Guest, program: &Program, timeout_ms: Option<u32>, limit: Option<
             ends(format!("killed by {}", vm_trait::Signal(*signal)), String::new())
         }
         // A guest takes two slashes for one, where requests of the host are refused.
-        Program::Cat(path) => match guest.files.read(&path.replace("//", "/")) {
-            Ok(text) => ends("exited 0".to_owned(), text),
-            Err(_) => ends("exited 1".to_owned(), String::new()),
-        },
+        Program::Cat(path) => cat(&path.replace("//", "/")),
         Program::CatIn { dir, name } => match guest.files.stat(dir) {
-            Ok(Node::Directory(_)) => match guest.files.read(&format!("{dir}/{name}")) {
-                Ok(text) => ends("exited 0".to_owned(), text),
-                Err(_) => ends("exited 1".to_owned(), String::new()),
-            },
+            Ok(Node::Directory(_)) => cat(&format!("{dir}/{name}")),
             _ => Want::Is(Outcome::Failed("exec_failed:BadWorkingDirectory".to_owned())),
         },
-        Program::Mirror { text, times } => {
-            ends("exited 0".to_owned(), text.repeat(usize::try_from(*times).unwrap_or(0)))
-        }
+        Program::Mirror { text, times } => ends("exited 0".to_owned(), repeated(text, *times)),
         Program::Say(word) => ends("exited 0".to_owned(), format!("{word}\n")),
         Program::Sleep(ms) if timeout_ms.is_some_and(|limit| limit < *ms) => {
             ends("timed out".to_owned(), String::new())

@@ -36,7 +36,7 @@ const LONGEST_NAME: usize = 255;
 impl Files {
     pub(super) fn read(&self, path: &str) -> FileResult<String> {
         match self.find(path)? {
-            Node::File { text, times, .. } => Ok(text.repeat(usize::try_from(*times).unwrap_or(0))),
+            Node::File { text, times, .. } => Ok(repeated(text, *times)),
             Node::Directory(_) => Err(IS_A_DIRECTORY),
         }
     }
@@ -175,6 +175,10 @@ impl Files {
         let all = self.0.iter();
         all.filter_map(move |(one, node)| Some((one.strip_prefix(path)?.strip_prefix('/')?, node)))
     }
+}
+
+pub(super) fn repeated(text: &str, times: u32) -> String {
+    text.repeat(usize::try_from(times).unwrap_or(0))
 }
 
 /// Checks that a path's last name is not too long. Unlike other faults of a path, that is for the guest to find out, once
