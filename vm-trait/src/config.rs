@@ -493,7 +493,8 @@ pub fn check_env(field: &str, env: &BTreeMap<String, String>) -> Result<(), VmEr
 mod tests {
     use super::*;
 
-    fn refused(config: &VmConfig) -> String {
+    /// Names the field for which a configuration is refused.
+    pub(super) fn refused(config: &VmConfig) -> String {
         match config.validate_for(&HostLimits { max_vcpus: 8, max_memory: Mib(4096) }) {
             Err(VmErrorKind::InvalidConfig { field, .. }) => field,
             other => format!("{other:?}"),
