@@ -148,7 +148,7 @@ fn a_soak_says_how_often_it_went_well() {
 
 #[test]
 fn bad_usage_is_told_from_failure() {
-    let bad: [&[&str]; 23] = [
+    let bad: [&[&str]; 25] = [
         &["soak", "--rounds", "0"],
         &["soak", "--what", "fork", "--rounds", "1025"],
         &["soak", "--vcpus", "256"],
@@ -163,6 +163,8 @@ fn bad_usage_is_told_from_failure() {
         &["run", "--clause", "no_such_clause"],
         &["run", "--clause", ""],
         &["run", "--jobs", "0"],
+        &["run", "--histories", "5", "--each"],
+        &["diff", "--right", "process", "--jobs", "4097"],
         &["run", "--env", "docker"],
         &["run", "--backend", "process", "--twice"],
         &["replay", "--seed", "1", "--clause", "no.such_clause"],

@@ -1,7 +1,7 @@
 //! `vmdst diff`.
 
 use crate::{
-    Backend, Chosen, FAILED, INTERRUPTED, Problem, any_number, histories, interrupt, print,
+    Backend, Chosen, FAILED, INTERRUPTED, Problem, any_number, histories, interrupt, jobs, print,
 };
 use std::{
     path::PathBuf,
@@ -37,6 +37,9 @@ pub(crate) struct Arguments {
     /// Compares the script of a file in place of generated ones
     #[arg(long, value_name = "FILE")]
     script: Option<PathBuf>,
+    /// How many histories go on at a time. Default as many as both backends allow, else one a core
+    #[arg(long, value_name = "N", value_parser = jobs::parse)]
+    jobs: Option<usize>,
     /// For how long at most, in seconds; histories that were not begun by then are told as not run
     #[arg(long, value_name = "S", value_parser = any_number)]
     seconds: Option<u64>,
@@ -85,23 +88,27 @@ fn many(
     let (interrupt, began, bar) = (interrupt::flag(), Instant::now(), histories::bar(seeds.count));
     let limit = arguments.seconds.map(Duration::from_secs);
     let (mut run, mut steps, mut differing) = (0_u64, 0, Vec::new());
-    for seed in seeds.iter() {
-        let late = limit.is_some_and(|limit| began.elapsed() > limit);
-        if late || interrupt.load(Ordering::Relaxed) {
-            break;
-        }
+    let ends =
+        || interrupt.load(Ordering::Relaxed) || limit.is_some_and(|limit| began.elapsed() > limit);
+    let work = |seed| {
         let script = generate::script(seed, &profile);
         let comparison = compare(&script, &**left, &**right);
-        (run, steps) = (run + 1, steps + script.steps.len());
         bar.inc(1);
+        (seed, script, comparison)
+    };
+    let mut take = |(seed, script, comparison): (u64, Script, Comparison)| {
+        (run, steps) = (run + 1, steps + script.steps.len());
         if !comparison.agrees() {
             let told = format!("seed {seed:#x}:\n{}\n", text(&script, &comparison));
             bar.suspend(|| print(&told))?;
-            differing.push((script, comparison));
+            differing.push(script);
         }
-    }
+        Ok(())
+    };
+    let jobs = jobs::for_histories(arguments.jobs, &[&**left, &**right]);
+    jobs::in_order(seeds, jobs, &ends, &work, &mut take)?;
     bar.finish_and_clear();
-    if let Some((script, _)) = differing.first() {
+    if let Some(script) = differing.first() {
         print(&smaller(arguments, script, (&**left, &**right))?)?;
     }
     let seconds = began.elapsed().as_secs_f64();

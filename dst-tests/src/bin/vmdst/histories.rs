@@ -1,6 +1,6 @@
 //! Generated histories: `vmdst run --histories` and `vmdst replay FILE`.
 
-use crate::{FAILED, INTERRUPTED, Problem, interrupt, print};
+use crate::{FAILED, INTERRUPTED, Problem, interrupt, jobs, print};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{
     collections::BTreeMap,
@@ -39,6 +39,7 @@ struct Sums {
 pub(crate) fn run(
     target: &Arc<dyn Target>,
     seeds: Seeds,
+    jobs: Option<usize>,
     twice: bool,
     save: &Path,
 ) -> Result<u8, Problem> {
@@ -50,23 +51,25 @@ pub(crate) fn run(
     print(&format!("{}: environment: {}\n", target.name(), target.environment()))?;
     let (interrupt, began, bar) = (interrupt::flag(), Instant::now(), bar(seeds.count));
     let (mut sums, mut failures) = (Sums::default(), Vec::new());
-    for seed in seeds.iter() {
-        if interrupt.load(Ordering::Relaxed) {
-            break;
-        }
+    let work = |seed| {
         let trial = Trial::of(generate::script(seed, &profile), &**target, Detail::Fingerprint);
-        if twice {
-            let again = Trial::of(trial.script.clone(), &**target, Detail::Fingerprint);
-            sums.differing += u64::from(again.report.fingerprint != trial.report.fingerprint);
-        }
-        sums.add(&trial);
+        let again = twice.then(|| Trial::of(trial.script.clone(), &**target, Detail::Fingerprint));
+        let differs = again.is_some_and(|it| it.report.fingerprint != trial.report.fingerprint);
         bar.inc(1);
+        (seed, trial, differs)
+    };
+    let mut take = |(seed, trial, differs): (u64, Trial, bool)| {
+        sums.differing += u64::from(differs);
+        sums.add(&trial);
         if trial.failure().is_some() {
             let broken = trial.report.broken.clone().unwrap_or_default();
             bar.suspend(|| print(&format!("FAILED history with seed {seed:#x}: {broken}\n")))?;
             failures.push(trial);
         }
-    }
+        Ok(())
+    };
+    let jobs = jobs::for_histories(jobs, &[&**target]);
+    jobs::in_order(seeds, jobs, &|| interrupt.load(Ordering::Relaxed), &work, &mut take)?;
     bar.finish_and_clear();
     let all = sums.run == seeds.count;
     if let Some(first) = failures.first() {

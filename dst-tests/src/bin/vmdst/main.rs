@@ -20,6 +20,7 @@ mod diff;
 mod doctor;
 mod histories;
 mod interrupt;
+mod jobs;
 mod merge;
 mod mutants;
 mod outputs;

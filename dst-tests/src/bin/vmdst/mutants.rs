@@ -1,6 +1,6 @@
 //! `vmdst mutants`.
 
-use crate::{FAILED, INTERRUPTED, Problem, any_number, interrupt, print, write_json};
+use crate::{FAILED, INTERRUPTED, Problem, any_number, interrupt, jobs, print, write_json};
 use comfy_table::{Cell, CellAlignment, ContentArrangement, Table, presets};
 use std::{
     io::{IsTerminal, Write, stderr, stdout},
@@ -34,8 +34,8 @@ pub(crate) struct Arguments {
     #[arg(long)]
     every_clause: bool,
     /// How many bugs are hunted at a time. Default one a core
-    #[arg(long, value_name = "N", value_parser = any_number)]
-    jobs: Option<u64>,
+    #[arg(long, value_name = "N", value_parser = jobs::parse)]
+    jobs: Option<usize>,
     /// Where the simulated runs take place: madsim, tokio or turmoil. Default the one that explores most
     #[arg(long, value_name = "ENV")]
     env: Option<Environment>,
@@ -88,22 +88,11 @@ fn hunt(arguments: &Arguments) -> Result<Hunt, Problem> {
     target.fit().map_err(Problem::failed)?;
     let every = arguments.every_clause;
     let bugs = if arguments.only.is_empty() { Bug::ALL.to_vec() } else { arguments.only.clone() };
-    let jobs = match arguments.jobs {
-        Some(jobs) => usize::try_from(jobs)
-            .ok()
-            .filter(|jobs| (1..=4096).contains(jobs))
-            .ok_or_else(|| {
-                Problem::usage(format!(
-                    "--jobs {jobs}: from 1 to 4096 bugs can be hunted at a time"
-                ))
-            })?,
-        None => runner::cores(),
-    };
     Ok(Hunt {
         target,
         bugs,
         seeds: arguments.seeds.unwrap_or(if every { SEEDS_OF_EVERY_CLAUSE } else { SEEDS }).max(1),
-        jobs,
+        jobs: arguments.jobs.unwrap_or_else(runner::cores),
         reach: if every { Reach::EveryClause } else { Reach::FirstCatch },
         interrupt: interrupt::flag(),
     })

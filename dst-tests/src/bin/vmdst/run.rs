@@ -1,7 +1,8 @@
 //! `vmdst run`.
 
 use crate::{
-    BAD_USAGE, Chosen, FAILED, INTERRUPTED, Problem, any_number, interrupt, outputs::Outputs, print,
+    BAD_USAGE, Chosen, FAILED, INTERRUPTED, Problem, any_number, interrupt, jobs, outputs::Outputs,
+    print,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{
@@ -33,7 +34,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "S", value_parser = any_number)]
     first_seed: Option<u64>,
     /// Runs so many generated histories in place of the clauses; the first that fails is made small and saved
-    #[arg(long, value_name = "N", value_parser = any_number, conflicts_with_all = ["seeds", "clause", "json", "report", "junit", "shard"])]
+    #[arg(long, value_name = "N", value_parser = any_number, conflicts_with_all = ["seeds", "clause", "json", "report", "junit", "shard", "each"])]
     histories: Option<u64>,
     /// Where a failing history is saved
     #[arg(
@@ -54,8 +55,8 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "I/N", default_value_t = Shard::WHOLE)]
     shard: Shard,
     /// How many runs go on at a time. Default as many as the backend allows, else one a core
-    #[arg(long, value_name = "N", value_parser = any_number)]
-    jobs: Option<u64>,
+    #[arg(long, value_name = "N", value_parser = jobs::parse)]
+    jobs: Option<usize>,
     /// Says of every run as it ends how long it took, on standard error
     #[arg(long)]
     each: bool,
@@ -101,16 +102,7 @@ impl Arguments {
         session.shard = self.shard;
         // Where a shard fails, only this machine can say what happened.
         session.record = self.outputs.wants_records() || self.shard != Shard::WHOLE;
-        if let Some(jobs) = self.jobs {
-            session.jobs = usize::try_from(jobs)
-                .ok()
-                .filter(|jobs| (1..=4096).contains(jobs))
-                .ok_or_else(|| {
-                    Problem::usage(format!(
-                        "--jobs {jobs}: from 1 to 4096 runs can go on at a time"
-                    ))
-                })?;
-        }
+        session.jobs = self.jobs.unwrap_or(session.jobs);
         Ok(session)
     }
 }
@@ -122,7 +114,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8, Problem> {
             None => Seeds::range(arguments.first_seed.unwrap_or(0), count, SeedSource::Option)?,
         };
         let target = arguments.chosen.target()?;
-        return crate::histories::run(&target, seeds, arguments.twice, &arguments.save);
+        let (twice, save) = (arguments.twice, &arguments.save);
+        return crate::histories::run(&target, seeds, arguments.jobs, twice, save);
     }
     let mut session = arguments.session()?;
     session.interrupt = interrupt::flag();
