@@ -1,13 +1,14 @@
 //! Generated histories find a defect, and what is left after shrinking shows it.
 
 use std::{sync::Arc, time::Duration};
+use vm_core::fault::FaultKind;
 use vm_dst::{
     environment::Environment,
     history::{
         Script, Trial,
         compare::compare,
         generate, profile_on, program,
-        script::{Act, Call, Step},
+        script::{Act, Call, Disturbance, Program, Step},
         shrink::shrink,
     },
     target::{Detail, SimTarget, Target},
@@ -95,4 +96,31 @@ fn the_same_history_has_the_same_fingerprint_and_record() {
         assert_eq!(first.report.fingerprint, second.report.fingerprint, "seed {seed}");
         assert_eq!(first.progress.record, second.progress.record, "seed {seed}");
     }
+}
+
+#[test]
+fn only_machines_that_calls_wait_for_are_let_run_on() {
+    let on = |vm, act| Step::Do(Call::new(vm, act));
+    // Longer than a call is left to wait before guests that stand still are let run on.
+    let slow = Disturbance { kind: FaultKind::BootSlow, vm: 1, skip: 0, amount_ms: Some(3_000) };
+    let program = Program::Sleep(500);
+    let sleep = Act::Exec { program, timeout_ms: None, output_limit: None };
+    let mut pause = Call::new(0, Act::Pause);
+    pause.after_ms = 100;
+    let steps = vec![
+        on(0, Act::Create),
+        on(0, Act::Start),
+        on(1, Act::Create),
+        Step::Together(vec![Call::new(0, sleep), pause]),
+        on(0, Act::Pause),
+        Step::Fault(slow),
+        on(1, Act::Start),
+    ];
+    let trial = Trial::of(Script { seed: 5, steps }, &sim(), Detail::Fingerprint);
+    assert_eq!(trial.failure(), None, "{}", trial.text());
+    let record = &trial.progress.record.steps;
+    let resumed = |step: usize| record[step].calls.iter().any(|it| it.call.act == Act::Resume);
+    assert!(resumed(3), "{}", trial.text());
+    assert!(!resumed(6) && record[6].fired.contains(&FaultKind::BootSlow), "{}", trial.text());
+    assert_eq!(record[6].states, [(0, "paused".to_owned()), (1, "running".to_owned())].into());
 }

@@ -10,10 +10,11 @@ use super::{
 use crate::context::Context;
 use futures_util::future::{Either, join_all, select};
 use std::{
+    collections::BTreeSet,
     pin::pin,
     sync::{
         Mutex, PoisonError,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -87,7 +88,12 @@ impl<'a> Driver<'a> {
     }
 
     async fn together(&self, calls: &[Call]) -> Vec<CallRecord> {
-        let mut all = pin!(join_all(calls.iter().map(|call| self.one(call))));
+        let waiting: Vec<_> = calls.iter().map(|_| AtomicBool::new(true)).collect();
+        let mut all = pin!(join_all(calls.iter().zip(&waiting).map(async |(call, waits)| {
+            let record = self.one(call).await;
+            waits.store(false, Ordering::Relaxed);
+            record
+        })));
         let mut added = Vec::new();
         let mut records = loop {
             let patience = pin!(self.ctx.sleep(self.patience));
@@ -95,7 +101,10 @@ impl<'a> Driver<'a> {
                 break records;
             }
             // What was begun is carried out, so its end is waited for whatever else ends meanwhile.
-            match select(all.as_mut(), pin!(self.resume_all())).await {
+            let still =
+                calls.iter().zip(&waiting).filter(|(_, waits)| waits.load(Ordering::Relaxed));
+            let machines = still.map(|(call, _)| call.vm).collect();
+            match select(all.as_mut(), pin!(self.resume(machines))).await {
                 Either::Left((records, resuming)) => {
                     added.extend(resuming.await);
                     break records;
@@ -107,10 +116,12 @@ impl<'a> Driver<'a> {
         records
     }
 
-    /// Lets guests run on: a program under way cannot end while its guest stands still.
-    async fn resume_all(&self) -> Vec<CallRecord> {
+    /// Lets guests run on that calls wait for: a program under way cannot end while its guest stands still. Others stay as
+    /// they are, so that what comes of a history does not depend on how long a machine takes to boot.
+    async fn resume(&self, machines: BTreeSet<u8>) -> Vec<CallRecord> {
         let mut records = Vec::new();
-        for (vm, state) in self.machines.states() {
+        let states = self.machines.states();
+        for (vm, state) in states.into_iter().filter(|(vm, _)| machines.contains(vm)) {
             if state == state_name(&VmState::Paused) {
                 records.push(self.one(&Call::new(vm, Act::Resume)).await);
             }
