@@ -511,6 +511,20 @@ mod tests {
     }
 
     #[test]
+    fn a_kernel_keeps_what_was_set_before() {
+        let kernel =
+            KernelConfig::default().with_path("/k").with_initrd("/i").with_cmdline("quiet");
+        let wanted = KernelConfig {
+            path: Some("/k".into()),
+            initrd: Some("/i".into()),
+            cmdline: "quiet".into(),
+        };
+        assert_eq!(kernel, wanted);
+        let other = KernelConfig::default().with_cmdline("quiet").with_initrd("/i").with_path("/k");
+        assert_eq!(other, wanted);
+    }
+
+    #[test]
     fn each_bad_field_is_named() {
         type Change = fn(&mut VmConfig);
         let changes: &[(&str, Change)] = &[

@@ -136,3 +136,18 @@ impl RestoreOptions {
         self
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_restore_that_keeps_track_still_runs_or_stands_still() {
+        for options in [RestoreOptions::running(), RestoreOptions::paused()] {
+            let tracked = options.clone().tracked();
+            assert_eq!((options.tracked, tracked.tracked), (false, true));
+            assert_eq!(options.resume, tracked.resume);
+        }
+        assert!(RestoreOptions::running().resume && !RestoreOptions::paused().resume);
+    }
+}

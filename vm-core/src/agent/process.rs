@@ -423,3 +423,23 @@ impl GuestProcessHandle for ProcessHandle {
         self.ask(Request::Detach { process: self.started.process }).await
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn input_stays_open_only_for_who_can_write_to_it() {
+        let config = VmConfig::default();
+        let of = |stdin, keep_open| {
+            let mut request = ExecRequest::new("x");
+            request.stdin = stdin;
+            let (spec, input, _) = spec(&config, request, keep_open).unwrap();
+            (spec.stdin, matches!(input, Input::Open), matches!(input, Input::Bytes(_)))
+        };
+        assert_eq!(of(Stdin::Open, true), (true, true, false));
+        assert_eq!(of(Stdin::Open, false), (false, false, false));
+        assert_eq!(of(Stdin::Empty, true), (false, false, false));
+        assert_eq!(of(Stdin::Bytes("x".into()), false), (true, false, true));
+    }
+}

@@ -393,6 +393,42 @@ mod tests {
     }
 
     #[test]
+    fn room_is_given_again_once_half_of_it_came_free() {
+        let mut incoming = Incoming::new(7);
+        let mut received = 7;
+        let mut read = |incoming: &mut Incoming, count: u64| {
+            let bytes = Bytes::from(vec![0; usize::try_from(count).unwrap()]);
+            incoming.receive(received, &bytes).unwrap();
+            received += count;
+            incoming.take();
+        };
+        read(&mut incoming, WINDOW / 2 - 1);
+        assert_eq!(incoming.credit(Channel::Stdout, false), None);
+        read(&mut incoming, 1);
+        let credit =
+            |consumed| Frame::Credit { channel: Channel::Stdout, consumed, window: DEFAULT_WINDOW };
+        assert_eq!(incoming.credit(Channel::Stdout, false), Some(credit(7 + WINDOW / 2)));
+        assert_eq!(incoming.credit(Channel::Stdout, false), None);
+        assert_eq!(incoming.credit(Channel::Stdout, true), Some(credit(7 + WINDOW / 2)));
+        read(&mut incoming, WINDOW);
+        incoming.end(7 + WINDOW / 2 + WINDOW).unwrap();
+        assert_eq!(incoming.credit(Channel::Stdout, false), None, "nothing more comes");
+    }
+
+    #[test]
+    fn an_agent_that_takes_what_was_never_sent_is_caught() {
+        let credit = |consumed| Frame::Credit { channel: Channel::Stdin, consumed, window: 9 };
+        for (consumed, fits) in [(0, true), (5, true), (6, false), (FURTHEST + 1, false)] {
+            let mut stream = started();
+            stream.stdin.push(Bytes::from_static(b"12345"));
+            assert_eq!(stream.accept(credit(consumed)).is_ok(), fits, "{consumed} of 5");
+        }
+        // Of one that attaches, it is told so how far earlier ones came; there is an end to that, too.
+        assert!(started().accept(credit(FURTHEST)).is_ok());
+        assert!(started().accept(credit(FURTHEST + 1)).is_err());
+    }
+
+    #[test]
     fn an_agent_that_sends_too_much_or_leaves_a_gap_is_caught() {
         let mut stream = started();
         let chunk = vec![0; MAX_DATA];
@@ -403,5 +439,8 @@ mod tests {
         assert!(started().accept(data(1, &[1])).is_err());
         let early = Stream::new(Request::Ping).accept(data(0, &[1]));
         assert!(early.is_err());
+        let bytes = Bytes::from_static(b"x");
+        let input = Frame::Data { channel: Channel::Stdin, offset: 0, bytes };
+        assert!(started().accept(input).is_err());
     }
 }

@@ -6,13 +6,13 @@ use crate::{
     machine::{Act, Behaviour, Ill, Ports},
 };
 use futures_util::{FutureExt, StreamExt};
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 use vm_guest_protocol::{
     Channel, Frame, GuestError, GuestErrorKind, ProcessEntry, ProcessExit, Reply, Started,
 };
 use vm_trait::{
-    ExecFailure, ExecRequest, ExecStatus, GuestFileError, ProcessId, VmBackend, VmConfig,
-    VmErrorKind, VmEvent, VmInstance,
+    EventStream, ExecFailure, ExecRequest, ExecStatus, GuestFileError, ProcessId, VmBackend,
+    VmConfig, VmErrorKind, VmEvent, VmInstance,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -108,6 +108,53 @@ fn metrics_count_what_runs_and_what_went_over_the_link() {
 }
 
 #[test]
+fn the_time_that_a_machine_stands_still_is_counted() {
+    on_paused_time(async {
+        let answer = vec![Frame::Done(Reply::Processes(Vec::new()))];
+        let vm = running(vec![answers(vec![answer])]).await;
+        vm.pause().await.unwrap();
+        tokio::time::sleep(SECOND * 3).await;
+        vm.resume().await.unwrap();
+        tokio::time::sleep(SECOND * 2).await;
+        let paused = vm.metrics().await.unwrap().paused.unwrap();
+        assert!((SECOND * 3..SECOND * 4).contains(&paused), "{paused:?}");
+    });
+}
+
+#[test]
+fn every_reader_hears_of_what_happens_and_one_that_left_is_not_waited_for() {
+    on_paused_time(async {
+        let vm = running(vec![vec![Act::Frame(0, welcome(false))]]).await;
+        let (mut first, gone, mut second) = (vm.events(), vm.events(), vm.events());
+        drop(gone);
+        vm.pause().await.unwrap();
+        let mut third = vm.events();
+        vm.resume().await.unwrap();
+        tokio::time::sleep(SECOND).await;
+        let told = |events: &mut EventStream| {
+            let mut told = 0;
+            while let Some(Some(_)) = events.next().now_or_never() {
+                told += 1;
+            }
+            told
+        };
+        let (first, second, third) = (told(&mut first), told(&mut second), told(&mut third));
+        assert!(first == second && second > third && third > 0, "{first} {second} {third}");
+    });
+}
+
+#[test]
+fn a_listener_knows_its_port() {
+    on_paused_time(async {
+        let script = vec![Act::Frame(0, welcome(false))];
+        let ill = Ill::new(Behaviour { scripts: vec![script], ports: Ports::Stuck, mute: false });
+        let vm = ill.backend().create(VmConfig::default()).await.unwrap();
+        vm.start().await.unwrap();
+        assert_eq!(vm.listen(4242).await.unwrap().port(), 4242);
+    });
+}
+
+#[test]
 fn errors_without_a_path_are_of_programs_and_others_of_files() {
     on_paused_time(async {
         let vm = running(vec![answers(vec![vec![failed("")], vec![failed("/a")]])]).await;
@@ -123,6 +170,43 @@ fn errors_without_a_path_are_of_programs_and_others_of_files() {
             matches!(error.kind(), VmErrorKind::GuestFile { error, .. } if *error == wanted),
             "{error}"
         );
+    });
+}
+
+#[test]
+fn errors_of_different_kinds_are_told_apart() {
+    use GuestErrorKind as K;
+    let kinds = [
+        K::NotFound,
+        K::PermissionDenied,
+        K::AlreadyExists,
+        K::NotADirectory,
+        K::IsADirectory,
+        K::DirectoryNotEmpty,
+        K::OutOfSpace,
+        K::ReadOnly,
+        K::InvalidPath,
+        K::ProgramNotFound,
+        K::ProgramNotExecutable,
+        K::BadWorkingDirectory,
+        K::UnknownUser,
+        K::UserNotPermitted,
+        K::NoSuchProcess,
+        K::OutOfResources,
+        K::InvalidArgument,
+        K::Unsupported,
+        K::Other,
+    ];
+    let answer = |kind| vec![Frame::Failed(GuestError { kind, errno: 5, path: "/a".to_owned() })];
+    on_paused_time(async move {
+        let vm = running(vec![answers(kinds.map(answer).into())]).await;
+        let mut seen = BTreeSet::new();
+        for kind in kinds {
+            // The agent listens anew by then.
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            let error = vm.read_file("/a").await.unwrap_err();
+            assert!(seen.insert(format!("{:?}", error.kind())), "{kind:?} is told as {error}");
+        }
     });
 }
 

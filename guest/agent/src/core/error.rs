@@ -52,3 +52,55 @@ pub(super) fn kind_of(errno: Errno) -> GuestErrorKind {
         _ => K::Other,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OF_PROGRAMS: [Errno; 4] = [Errno::SRCH, Errno::NOMEM, Errno::INVAL, Errno::NOSYS];
+
+    #[test]
+    fn errnos_are_told_apart_where_a_host_can_act_on_them() {
+        let alike: [&[Errno]; 13] = [
+            &[Errno::NOENT],
+            &[Errno::PERM, Errno::ACCES],
+            &[Errno::EXIST],
+            &[Errno::NOTDIR],
+            &[Errno::ISDIR],
+            &[Errno::NOTEMPTY],
+            &[Errno::NOSPC, Errno::DQUOT],
+            &[Errno::ROFS],
+            &[Errno::NAMETOOLONG],
+            &[Errno::SRCH],
+            &[Errno::NOMEM, Errno::NFILE, Errno::MFILE, Errno::AGAIN],
+            &[Errno::INVAL, Errno::TOOBIG],
+            &[Errno::NOSYS, Errno::OPNOTSUPP],
+        ];
+        let mut seen = vec![GuestErrorKind::Other];
+        for errnos in alike {
+            let kind = kind_of(errnos[0]);
+            assert!(!seen.contains(&kind), "{errnos:?} are told as {kind:?}, as others are");
+            assert!(errnos.iter().all(|errno| kind_of(*errno) == kind), "{errnos:?}");
+            seen.push(kind);
+        }
+        assert_eq!(kind_of(Errno(5)), GuestErrorKind::Other);
+    }
+
+    #[test]
+    fn what_says_little_of_a_file_is_left_to_the_errno() {
+        for errno in OF_PROGRAMS {
+            assert_eq!(failed(errno, "").kind, kind_of(errno));
+            let error = failed(errno, "/a");
+            assert_eq!((error.kind, error.errno), (GuestErrorKind::Other, errno.0));
+        }
+        assert_eq!(failed(Errno::NOENT, "/a").kind, GuestErrorKind::NotFound);
+    }
+
+    #[test]
+    fn a_path_is_cut_where_a_letter_ends() {
+        let long = format!("/{}", "ä".repeat(MAX_PATH));
+        let cut = refused(GuestErrorKind::InvalidPath, &long).path;
+        assert_eq!(cut.len(), MAX_PATH - 1);
+        assert!(long.starts_with(&cut));
+    }
+}

@@ -377,6 +377,36 @@ fn a_slow_reader_stalls_only_its_own_process() {
 }
 
 #[test]
+fn output_that_waited_for_a_full_connection_comes_once_there_is_room() {
+    let mut host = Host::new();
+    host.settle();
+    let all: Vec<_> =
+        (0..8).map(|_| host.open(Request::Exec(exec(&["gen", "200000", "0"])))).collect();
+    // The host hears nothing until no more fits into the connection.
+    let mut moved = true;
+    while moved {
+        host.os.run();
+        moved = host.carry_to_agent(usize::MAX).unwrap() | host.core.advance(&mut host.os);
+    }
+    assert!(host.streams.values().all(|stream| stream.outs[0].bytes.is_empty()));
+    host.settle();
+    for id in all {
+        assert_eq!(host.streams[&id].outs[0].bytes.len(), 200_000, "stream {id}");
+        assert_eq!(exit_of(&host, id).code, Some(7));
+    }
+}
+
+#[test]
+fn room_for_input_is_not_watched_for_without_input() {
+    let mut host = Host::new();
+    let spec = ExecSpec { stdin: true, ..exec(&["sleep"]) };
+    host.open(Request::Exec(spec));
+    host.settle();
+    let interest = host.core.interest();
+    assert!(interest.len() == 1 && !interest[0].stdin, "{interest:?}");
+}
+
+#[test]
 fn input_waits_for_a_program_that_does_not_read() {
     let mut host = Host::new();
     let input = vec![b'x'; 1 << 20];
