@@ -381,14 +381,16 @@ fn output_that_waited_for_a_full_connection_comes_once_there_is_room() {
     let mut host = Host::new();
     host.settle();
     let all: Vec<_> =
-        (0..8).map(|_| host.open(Request::Exec(exec(&["gen", "200000", "0"])))).collect();
-    // The host hears nothing until no more fits into the connection.
+        (0..24).map(|_| host.open(Request::Exec(exec(&["gen", "200000", "0"])))).collect();
+    // The host hears nothing until no more fits into the connection, and nothing at all of the last of them.
     let mut moved = true;
     while moved {
         host.os.run();
         moved = host.carry_to_agent(usize::MAX).unwrap() | host.core.advance(&mut host.os);
     }
     assert!(host.streams.values().all(|stream| stream.outs[0].bytes.is_empty()));
+    let waits = host.core.outgoing(host.conn()).map_or(0, |bytes| bytes.len());
+    assert!((1 << 20..2 << 20).contains(&waits), "{waits} bytes wait");
     host.settle();
     for id in all {
         assert_eq!(host.streams[&id].outs[0].bytes.len(), 200_000, "stream {id}");
