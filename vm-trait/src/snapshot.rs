@@ -144,7 +144,7 @@ mod tests {
     #[test]
     fn a_restore_that_keeps_track_still_runs_or_stands_still() {
         for options in [RestoreOptions::running(), RestoreOptions::paused()] {
-            let tracked = options.clone().tracked();
+            let tracked = options.tracked();
             assert_eq!((options.tracked, tracked.tracked), (false, true));
             assert_eq!(options.resume, tracked.resume);
         }
