@@ -411,5 +411,7 @@ mod tests {
             "exec on vm-0000000000000abc: the connection to the guest agent was lost"
         );
         assert!(error.is_retriable() && !error.requires_restart());
+        let error = VmError::new(Operation::Exec, VmErrorKind::Interrupted);
+        assert!(!error.is_retriable() && error.requires_restart());
     }
 }

@@ -416,6 +416,19 @@ mod tests {
     }
 
     #[test]
+    fn a_window_of_input_is_kept_and_no_more_is_asked_for() {
+        let mut out = Outgoing::new();
+        out.push(Bytes::from(vec![0; usize::try_from(WINDOW).unwrap() - 1]));
+        assert!(out.has_room());
+        out.push(Bytes::from_static(b"x"));
+        assert!(!out.has_room());
+        while out.next_frame().is_some() {}
+        assert!(!out.has_room(), "it may have to be sent again");
+        out.credit(1, DEFAULT_WINDOW).unwrap();
+        assert!(out.has_room());
+    }
+
+    #[test]
     fn an_agent_that_takes_what_was_never_sent_is_caught() {
         let credit = |consumed| Frame::Credit { channel: Channel::Stdin, consumed, window: 9 };
         for (consumed, fits) in [(0, true), (5, true), (6, false), (FURTHEST + 1, false)] {

@@ -11,8 +11,8 @@ use vm_guest_protocol::{
     Channel, Frame, GuestError, GuestErrorKind, ProcessEntry, ProcessExit, Reply, Started,
 };
 use vm_trait::{
-    EventStream, ExecFailure, ExecRequest, ExecStatus, GuestFileError, ProcessId, VmBackend,
-    VmConfig, VmErrorKind, VmEvent, VmInstance,
+    CreateDirOptions, EventStream, ExecFailure, ExecRequest, ExecStatus, GuestFileError, ProcessId,
+    RemoveOptions, VmBackend, VmConfig, VmErrorKind, VmEvent, VmInstance, WriteOptions,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -155,6 +155,24 @@ fn a_listener_knows_its_port() {
 }
 
 #[test]
+fn an_agent_that_forgets_a_time_limit_does_not_keep_the_host() {
+    on_paused_time(async {
+        let scripts = vec![answers(vec![vec![started()]])];
+        let ill = Ill::new(Behaviour { scripts, ports: Ports::Silent, mute: false });
+        let mut config = VmConfig::default();
+        config.timeouts.request = SECOND;
+        let vm = ill.backend().create(config).await.unwrap();
+        vm.start().await.unwrap();
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        let process = vm.spawn(ExecRequest::new("x").timeout(SECOND)).await.unwrap();
+        let begun = tokio::time::Instant::now();
+        let error = process.wait().await.unwrap_err();
+        assert!(matches!(error.kind(), VmErrorKind::Timeout { .. }), "{error}");
+        assert!((SECOND * 2..SECOND * 3).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+    });
+}
+
+#[test]
 fn errors_without_a_path_are_of_programs_and_others_of_files() {
     on_paused_time(async {
         let vm = running(vec![answers(vec![vec![failed("")], vec![failed("/a")]])]).await;
@@ -206,6 +224,38 @@ fn errors_of_different_kinds_are_told_apart() {
             tokio::time::sleep(Duration::from_millis(10)).await;
             let error = vm.read_file("/a").await.unwrap_err();
             assert!(seen.insert(format!("{:?}", error.kind())), "{kind:?} is told as {error}");
+        }
+    });
+}
+
+#[test]
+fn what_the_agent_refuses_fails() {
+    on_paused_time(async {
+        let refused = vec![failed("/a")];
+        let vm = running(vec![answers(vec![refused; 9])]).await;
+        let mut outcomes = Vec::new();
+        for operation in 0..9 {
+            // The agent listens anew by then.
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            outcomes.push(match operation {
+                0 => vm.ping().await.map(drop),
+                1 => vm.processes().await.map(drop),
+                2 => vm.read_file("/a").await.map(drop),
+                3 => vm.write_file("/a", "x".into(), WriteOptions::default()).await,
+                4 => vm.stat("/a").await.map(drop),
+                5 => vm.list_dir("/a").await.map(drop),
+                6 => vm.create_dir("/a", CreateDirOptions::default()).await,
+                7 => vm.remove("/a", RemoveOptions::default()).await,
+                _ => vm.rename("/a", "/b").await,
+            });
+        }
+        for (operation, outcome) in outcomes.into_iter().enumerate() {
+            let error = outcome.expect_err(&format!("operation {operation}"));
+            let wanted = GuestFileError::Io { errno: 5 };
+            assert!(
+                matches!(error.kind(), VmErrorKind::GuestFile { error, .. } if *error == wanted),
+                "operation {operation}: {error}"
+            );
         }
     });
 }

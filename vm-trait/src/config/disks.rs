@@ -73,6 +73,14 @@ mod tests {
     use crate::config::tests::refused;
 
     #[test]
+    fn as_many_as_are_allowed_are_taken() {
+        let all = 0..VmConfig::MAX_DISKS;
+        let disks: Vec<_> =
+            all.map(|n| DiskConfig::new(format!("d{n}"), format!("/m{n}"))).collect();
+        assert!(validate(&disks).is_ok());
+    }
+
+    #[test]
     fn each_bad_field_is_named() {
         let disk = |mount: &str| DiskConfig::new("d", mount);
         for (field, disks) in [

@@ -133,6 +133,11 @@ fn a_link_s_target_is_replaced() {
     host.os.put("/tmp/new", Body::Link("/etc/fresh".into()), 0o777);
     host.os.put("/tmp/loop", Body::Link("loop".into()), 0o777);
     host.os.put("/tmp/dir", Body::Link("/etc".into()), 0o777);
+    for (name, target) in [("empty", ""), ("nul", "a\0b")] {
+        let path = format!("/tmp/{name}");
+        host.os.put(&path, Body::Link(target.to_owned()), 0o777);
+        assert_eq!(host.write(&path, b"x", None), Err(Kind::NotFound), "{target:?}");
+    }
     assert_eq!(host.write("/tmp/one", b"new", None), Ok(Reply::Empty));
     assert_eq!(host.os.file("/etc/real"), Some(&b"new"[..]));
     assert_eq!(host.os.node("/etc/real").unwrap().mode, 0o600);

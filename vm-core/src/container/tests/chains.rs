@@ -14,7 +14,7 @@ struct Step {
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
-    // Bytes, pages, and more than is read in one go.
+    // Bytes, pages, and many pages.
     let unit = prop_oneof![3 => Just(1_usize), 3 => Just(4096), 1 => Just(300_000)];
     let run = (0..4_usize, 1..4_usize, 0..6_u8);
     let step = (0..16_usize, vec(run, 0..5));
@@ -207,6 +207,15 @@ proptest! {
             prop_assert!(run(read(&fs, whole)).unwrap() == model(&steps));
         }
     }
+}
+
+#[test]
+fn a_long_run_is_read_in_steps() {
+    let fs = MemoryFs::new();
+    let (manifest, _) = plain();
+    let steps = [Step { total: 3 << 20, runs: vec![(4096, (5 << 19) + 1, 7)] }];
+    write(&fs, &manifest, &steps);
+    assert!(run(read(&fs, &path(0))).unwrap() == model(&steps));
 }
 
 #[test]
