@@ -217,7 +217,7 @@ impl ReadThrough<'_> {
             return Ok(None);
         };
         let length = piece.length.min(STEP);
-        let part = Piece { length, ..*piece };
+        let part = *piece;
         if length == piece.length {
             self.pieces.pop_front();
         } else {

@@ -173,6 +173,27 @@ fn an_agent_that_forgets_a_time_limit_does_not_keep_the_host() {
 }
 
 #[test]
+fn time_that_a_machine_stands_still_does_not_count_against_a_request() {
+    let late = [Act::Wait(SECOND * 3), Act::Frame(1, Frame::Done(Reply::Empty))];
+    let script = [answers(vec![vec![]]), late.into()].concat();
+    on_paused_time(async {
+        let ill = Ill::new(Behaviour { scripts: vec![script], ports: Ports::Silent, mute: false });
+        let mut config = VmConfig::default();
+        config.timeouts.request = SECOND;
+        let vm = ill.backend().create(config).await.unwrap();
+        vm.start().await.unwrap();
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        let asking = vm.clone();
+        let ping = tokio::spawn(async move { asking.ping().await });
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        vm.pause().await.unwrap();
+        tokio::time::sleep(SECOND * 5).await;
+        vm.resume().await.unwrap();
+        ping.await.unwrap().unwrap();
+    });
+}
+
+#[test]
 fn errors_without_a_path_are_of_programs_and_others_of_files() {
     on_paused_time(async {
         let vm = running(vec![answers(vec![vec![failed("")], vec![failed("/a")]])]).await;
