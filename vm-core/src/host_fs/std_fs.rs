@@ -313,6 +313,8 @@ mod tests {
             container::write_verified(Arc::new(StdFs), &copy, bytes, 2).await.unwrap();
             assert!(fs::read(&copy).unwrap() == fs::read(&path).unwrap());
             assert_eq!(container::sweep(&StdFs, dir.path()).await, Ok(0));
+            assert_eq!(container::sweep(&StdFs, &dir.path().join("none")).await, Ok(0));
+            assert!(container::sweep(&StdFs, &copy).await.is_err(), "a file holds no snapshots");
         });
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
     }
