@@ -177,10 +177,14 @@ fn token() -> String {
 /// Lists the live processes that have `token` as an argument.
 fn with_argument(token: &str) -> Vec<ProcessRow> {
     let has = |row: &ProcessRow| {
-        let line = fs::read(format!("/proc/{}/cmdline", row.pid)).unwrap_or_default();
-        line.split(|byte| *byte == 0).any(|argument| argument == token.as_bytes())
+        command_line(row).split(|byte| *byte == 0).any(|argument| argument == token.as_bytes())
     };
     proc_table::processes().into_iter().filter(|row| !row.ended && has(row)).collect()
+}
+
+/// Gives a program and its arguments, each with a zero byte behind it; nothing of one that is gone.
+fn command_line(row: &ProcessRow) -> Vec<u8> {
+    fs::read(format!("/proc/{}/cmdline", row.pid)).unwrap_or_default()
 }
 
 /// A script that leaves processes in every relation to the agent that there is, and says when.
@@ -197,10 +201,7 @@ const SCATTERED: usize = 5;
 /// Waits until every program of [`scatter`] runs. Only the sleepers count: a `setsid` that has forked is there twice
 /// for a moment, so counting whatever has the token can reach the number before the last program has begun.
 async fn all_scattered(token: &str) {
-    let sleeps = |row: &ProcessRow| {
-        fs::read(format!("/proc/{}/cmdline", row.pid))
-            .is_ok_and(|line| line.starts_with(b"sleep\0"))
-    };
+    let sleeps = |row: &ProcessRow| command_line(row).starts_with(b"sleep\0");
     until("the guest's processes", || {
         let sleepers = with_argument(token).iter().filter(|row| sleeps(row)).count();
         (sleepers == SCATTERED).then_some(())

@@ -28,11 +28,36 @@ fn failed(path: &str) -> Frame {
 
 /// Gives a machine that runs, whose agent shakes hands and then plays a script on each connection.
 async fn running(scripts: Vec<Vec<Act>>) -> Arc<dyn VmInstance> {
-    let ill = Ill::new(Behaviour { scripts, ports: Ports::Silent, mute: false });
-    let vm = ill.backend().create(VmConfig::default()).await.expect("create");
+    running_with(scripts, Ports::Silent, VmConfig::default()).await
+}
+
+/// The same for another configuration, and other ends of connections to other ports.
+async fn running_with(
+    scripts: Vec<Vec<Act>>,
+    ports: Ports,
+    config: VmConfig,
+) -> Arc<dyn VmInstance> {
+    let ill = Ill::new(Behaviour { scripts, ports, mute: false });
+    let vm = ill.backend().create(config).await.expect("create");
     vm.start().await.expect("it comes up");
     tokio::time::sleep(Duration::from_millis(10)).await;
     vm
+}
+
+/// Gives a configuration in which requests have a second.
+fn impatient() -> VmConfig {
+    let mut config = VmConfig::default();
+    config.timeouts.request = SECOND;
+    config
+}
+
+/// Takes what was told up to now.
+fn told(events: &mut EventStream) -> Vec<VmEvent> {
+    let mut told = Vec::new();
+    while let Some(Some(event)) = events.next().now_or_never() {
+        told.push(event);
+    }
+    told
 }
 
 /// Gives a script that answers each request with some frames on its stream.
@@ -131,15 +156,9 @@ fn every_reader_hears_of_what_happens_and_one_that_left_is_not_waited_for() {
         let mut third = vm.events();
         vm.resume().await.unwrap();
         tokio::time::sleep(SECOND).await;
-        let told = |events: &mut EventStream| {
-            let mut told = 0;
-            while let Some(Some(_)) = events.next().now_or_never() {
-                told += 1;
-            }
-            told
-        };
         let (first, second, third) = (told(&mut first), told(&mut second), told(&mut third));
-        assert!(first == second && second > third && third > 0, "{first} {second} {third}");
+        assert_eq!(first, second);
+        assert!(second.len() > third.len() && !third.is_empty(), "{second:?} {third:?}");
     });
 }
 
@@ -147,9 +166,7 @@ fn every_reader_hears_of_what_happens_and_one_that_left_is_not_waited_for() {
 fn a_listener_knows_its_port() {
     on_paused_time(async {
         let script = vec![Act::Frame(0, welcome(false))];
-        let ill = Ill::new(Behaviour { scripts: vec![script], ports: Ports::Stuck, mute: false });
-        let vm = ill.backend().create(VmConfig::default()).await.unwrap();
-        vm.start().await.unwrap();
+        let vm = running_with(vec![script], Ports::Stuck, VmConfig::default()).await;
         assert_eq!(vm.listen(4242).await.unwrap().port(), 4242);
     });
 }
@@ -158,12 +175,7 @@ fn a_listener_knows_its_port() {
 fn an_agent_that_forgets_a_time_limit_does_not_keep_the_host() {
     on_paused_time(async {
         let scripts = vec![answers(vec![vec![started()]])];
-        let ill = Ill::new(Behaviour { scripts, ports: Ports::Silent, mute: false });
-        let mut config = VmConfig::default();
-        config.timeouts.request = SECOND;
-        let vm = ill.backend().create(config).await.unwrap();
-        vm.start().await.unwrap();
-        tokio::time::sleep(Duration::from_millis(10)).await;
+        let vm = running_with(scripts, Ports::Silent, impatient()).await;
         let process = vm.spawn(ExecRequest::new("x").timeout(SECOND)).await.unwrap();
         let begun = tokio::time::Instant::now();
         let error = process.wait().await.unwrap_err();
@@ -177,12 +189,7 @@ fn time_that_a_machine_stands_still_does_not_count_against_a_request() {
     let late = [Act::Wait(SECOND * 3), Act::Frame(1, Frame::Done(Reply::Empty))];
     let script = [answers(vec![vec![]]), late.into()].concat();
     on_paused_time(async {
-        let ill = Ill::new(Behaviour { scripts: vec![script], ports: Ports::Silent, mute: false });
-        let mut config = VmConfig::default();
-        config.timeouts.request = SECOND;
-        let vm = ill.backend().create(config).await.unwrap();
-        vm.start().await.unwrap();
-        tokio::time::sleep(Duration::from_millis(10)).await;
+        let vm = running_with(vec![script], Ports::Silent, impatient()).await;
         let asking = vm.clone();
         let ping = tokio::spawn(async move { asking.ping().await });
         tokio::time::sleep(Duration::from_millis(10)).await;
@@ -288,11 +295,7 @@ fn a_lost_link_is_told_counted_and_made_anew() {
         let vm = running(vec![first, vec![Act::Frame(0, welcome(true))]]).await;
         let mut events = vm.events();
         tokio::time::sleep(SECOND * 3).await;
-        let mut told = Vec::new();
-        while let Some(Some(event)) = events.next().now_or_never() {
-            told.push(event);
-        }
-        assert_eq!(told, [VmEvent::AgentLost, VmEvent::AgentBack]);
+        assert_eq!(told(&mut events), [VmEvent::AgentLost, VmEvent::AgentBack]);
     });
 }
 

@@ -1,6 +1,6 @@
 //! How much goes on at a time.
 
-use crate::Problem;
+use crate::{Problem, any_number};
 use std::{
     collections::BTreeMap,
     ops::RangeInclusive,
@@ -17,7 +17,7 @@ const ALLOWED: RangeInclusive<usize> = 1..=4096;
 /// Reads the value of `--jobs`.
 pub(crate) fn parse(text: &str) -> Result<usize, String> {
     let (least, most) = (ALLOWED.start(), ALLOWED.end());
-    let jobs = text.parse().ok().filter(|jobs| ALLOWED.contains(jobs));
+    let jobs = usize::try_from(any_number(text)?).ok().filter(|jobs| ALLOWED.contains(jobs));
     jobs.ok_or_else(|| format!("from {least} to {most} can go on at a time"))
 }
 
@@ -121,7 +121,7 @@ mod tests {
 
     #[test]
     fn a_number_of_jobs_is_looked_at() {
-        assert_eq!(parse("4096"), Ok(4096));
+        assert_eq!((parse("4096"), parse("0x10")), (Ok(4096), Ok(16)));
         for bad in ["0", "4097", "-1", "many", ""] {
             assert!(parse(bad).is_err(), "{bad}");
         }
