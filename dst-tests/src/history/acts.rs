@@ -21,7 +21,8 @@ use vm_core::env::timeout;
 use vm_trait::{
     CreateDirOptions, ExecOutput, ExecRequest, ExecStatus, FileKind, ForkOptions, GuestProcess,
     OutputOffsets, ProcessId, RemoveOptions, RestoreOptions, Signal, Snapshot, SnapshotOptions,
-    StopOptions, VmConfig, VmExit, VmInstance, VmResult, WriteOptions, config::Timeouts,
+    StopOptions, TtySize, User, VmConfig, VmExit, VmInstance, VmResult, WriteOptions,
+    config::Timeouts,
 };
 
 type Vm = Arc<dyn VmInstance>;
@@ -300,6 +301,12 @@ impl Machines {
                 ExecRequest::new("cat").stdin(repeated(text, *times))
             }
             Program::Say(word) => sh(r#"echo "$WORD""#.to_owned()).env("WORD", word),
+            Program::Terminal { rows, cols } => {
+                ExecRequest::new("stty").arg("size").tty(TtySize { rows: *rows, cols: *cols })
+            }
+            Program::RunAs { uid, gid } => {
+                sh("id -u; id -g".to_owned()).user(User::Ids { uid: *uid, gid: *gid })
+            }
             Program::Sleep(ms) => {
                 ExecRequest::new("sleep").arg(format!("{}.{:03}", ms / 1000, ms % 1000))
             }

@@ -155,7 +155,7 @@ fn together(profile: &Profile) -> BoxedStrategy<Step> {
                 .boxed()
         }
         Together::Independent => {
-            prop_oneof![2 => independent(), 1 => Just(Act::Ping).boxed()].boxed()
+            prop_oneof![2 => independent(profile), 1 => Just(Act::Ping).boxed()].boxed()
         }
     };
     let after = prop_oneof![3 => Just(0_u32), 1 => 1_u32..20];
@@ -318,7 +318,7 @@ fn small(profile: &Profile) -> BoxedStrategy<Act> {
         ),
         (5, path().prop_map(|path| Act::Remove { path, recursive: false }).boxed()),
         (6, rename.boxed()),
-        (12, exec()),
+        (12, exec(profile)),
         (2, Just(Act::Ping).boxed()),
         (3, Just(Act::Random).boxed()),
     ];
@@ -348,17 +348,17 @@ fn whole_trees() -> BoxedStrategy<Act> {
 }
 
 /// Operations that change nothing.
-fn independent() -> BoxedStrategy<Act> {
+fn independent(profile: &Profile) -> BoxedStrategy<Act> {
     prop_oneof![
         path().prop_map(|path| Act::Read { path }),
         path().prop_map(|path| Act::Stat { path }),
         path().prop_map(|path| Act::List { path }),
-        exec(),
+        exec(profile),
     ]
     .boxed()
 }
 
-fn exec() -> BoxedStrategy<Act> {
+fn exec(profile: &Profile) -> BoxedStrategy<Act> {
     let program = prop_oneof![
         4 => prop::sample::select(vec!["", "text", "two\nlines", "\u{4e2d} $HOME '\""])
             .prop_map(|text| Program::Echo(text.to_owned())),
@@ -376,6 +376,16 @@ fn exec() -> BoxedStrategy<Act> {
         1 => Just(Program::Missing),
         1 => Just(Program::NoName),
     ];
+    let mut programs = vec![(17, program.boxed())];
+    if profile.capabilities.has(Capability::Tty) || profile.beyond {
+        let size = prop::sample::select(vec![(1_u16, 1_u16), (24, 80), (u16::MAX, 1)]);
+        programs.push((1, size.prop_map(|(rows, cols)| Program::Terminal { rows, cols }).boxed()));
+    }
+    if profile.capabilities.has(Capability::Users) || profile.beyond {
+        let ids = prop::sample::select(vec![(0_u32, 0_u32), (1000, 1000), (65_534, 7)]);
+        programs.push((1, ids.prop_map(|(uid, gid)| Program::RunAs { uid, gid }).boxed()));
+    }
+    let program = Union::new_weighted(programs);
     let limit =
         prop_oneof![6 => Just(None), 1 => prop::sample::select(vec![0_u32, 1, 4]).prop_map(Some)];
     let plain = (program, limit).prop_map(|(program, output_limit)| Act::Exec {

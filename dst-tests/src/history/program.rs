@@ -167,6 +167,8 @@ impl fmt::Display for Program {
             Self::CatIn { dir, name } => write!(f, "cat {name:?} in {dir:?}"),
             Self::Mirror { text, times } => write!(f, "cat with input {text:?} × {times}"),
             Self::Say(word) => write!(f, "echo $WORD with WORD={word:?}"),
+            Self::Terminal { rows, cols } => write!(f, "stty size on {rows} × {cols}"),
+            Self::RunAs { uid, gid } => write!(f, "id as {uid}:{gid}"),
             Self::Sleep(ms) => write!(f, "sleep {ms} ms"),
             Self::Missing => f.write_str("a program that is not there"),
             Self::NoName => f.write_str("a program without a name"),

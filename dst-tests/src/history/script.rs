@@ -216,6 +216,16 @@ pub enum Program {
     },
     /// Prints a word of its environment.
     Say(String),
+    /// Prints the size of the terminal that it runs on.
+    Terminal {
+        rows: u16,
+        cols: u16,
+    },
+    /// Prints as which user and group it runs.
+    RunAs {
+        uid: u32,
+        gid: u32,
+    },
     Sleep(u32),
     Missing,
     NoName,

@@ -357,6 +357,8 @@ fn needed(act: &Act) -> &'static [Capability] {
         Act::Fork { .. } => &[Capability::Fork],
         Act::Connect { .. } | Act::Listen { .. } => &[Capability::Vsock],
         Act::Exchange { .. } => &[Capability::Vsock, Capability::Exec],
+        Act::Exec { program: Program::Terminal { .. }, .. } => &[Capability::Exec, Capability::Tty],
+        Act::Exec { program: Program::RunAs { .. }, .. } => &[Capability::Exec, Capability::Users],
         Act::Exec { .. }
         | Act::Spawn { .. }
         | Act::Ask { .. }
@@ -424,6 +426,10 @@ fn ran(guest: &Guest, program: &Program, timeout_ms: Option<u32>, limit: Option<
         },
         Program::Mirror { text, times } => ends("exited 0".to_owned(), repeated(text, *times)),
         Program::Say(word) => ends("exited 0".to_owned(), format!("{word}\n")),
+        Program::Terminal { rows, cols } => {
+            ends("exited 0".to_owned(), format!("{rows} {cols}\r\n"))
+        }
+        Program::RunAs { uid, gid } => ends("exited 0".to_owned(), format!("{uid}\n{gid}\n")),
         Program::Sleep(ms) if timeout_ms.is_some_and(|limit| limit < *ms) => {
             ends("timed out".to_owned(), String::new())
         }
