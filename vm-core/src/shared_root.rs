@@ -172,4 +172,22 @@ mod tests {
             prop_assert_eq!(outcome(&shared(read_only), &tree), expected);
         }
     }
+
+    #[test]
+    fn what_is_missing_is_told_from_what_is_no_directory() {
+        let reason = |tree: &BTreeMap<PathBuf, Entry>| {
+            let look = |path: &Path| tree.get(path).copied().unwrap_or(Entry::Missing);
+            check(&shared(true), look).unwrap_err().to_string()
+        };
+        for (path, missing, other) in [
+            ("/r/.", "no such directory", "not a directory"),
+            ("/r/proc", "/r/proc: not there to mount on", "/r/proc: not a directory"),
+        ] {
+            let mut tree = tree();
+            tree.insert(path.into(), Entry::Other);
+            assert!(reason(&tree).contains(other), "{}", reason(&tree));
+            tree.remove(Path::new(path));
+            assert!(reason(&tree).contains(missing), "{}", reason(&tree));
+        }
+    }
 }

@@ -106,4 +106,11 @@ mod tests {
             serde_json::from_str::<Hash>(&format!("\"{wrong}\"")).unwrap_err();
         }
     }
+
+    #[test]
+    fn a_hash_in_a_message_is_its_digits() {
+        let hash = Hash(0xabc);
+        assert_eq!(format!("{hash:?}"), "00000000000000000000000000000abc");
+        assert_eq!(format!("{:?}", Hasher::new()), "Hasher { .. }");
+    }
 }

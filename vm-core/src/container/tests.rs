@@ -10,6 +10,7 @@ use vm_trait::{Mib, SnapshotId, SnapshotMetadata, VmConfig, VmId};
 mod atomicity;
 mod chains;
 mod integrity;
+mod limits;
 mod memory_fs;
 
 const PATH: &str = "/snapshots/one";

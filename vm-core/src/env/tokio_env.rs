@@ -72,3 +72,33 @@ impl fmt::Debug for TokioEnv {
         f.debug_struct("TokioEnv").finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::runtime::Builder;
+
+    #[test]
+    fn both_clocks_go_on_together_and_bytes_come_from_the_source() {
+        let runtime = Builder::new_current_thread().enable_time().start_paused(true).build();
+        runtime.unwrap().block_on(async {
+            let mut next = 0;
+            let env = TokioEnv::seeded(Duration::from_secs(1000), move |bytes| {
+                for byte in bytes {
+                    next += 1;
+                    *byte = next;
+                }
+            });
+            assert_eq!((env.now(), env.wall_clock()), (Duration::ZERO, Duration::from_secs(1000)));
+            env.sleep(Duration::from_secs(7)).await;
+            let (now, wall) = (Duration::from_secs(7), Duration::from_secs(1007));
+            assert_eq!((env.now(), env.wall_clock()), (now, wall));
+            let mut bytes = [0; 3];
+            env.fill_random(&mut bytes);
+            assert_eq!(bytes, [1, 2, 3]);
+            env.fill_random(&mut bytes);
+            assert_eq!(bytes, [4, 5, 6]);
+            assert_eq!(format!("{env:?}"), "TokioEnv { .. }");
+        });
+    }
+}

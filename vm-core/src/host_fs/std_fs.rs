@@ -168,12 +168,15 @@ async fn blocking<T: Send + 'static>(
 mod tests {
     use super::*;
     use crate::{
-        container::{self, Compatibility, ContainerWriter},
+        container::{self, Compatibility, ContainerError, ContainerWriter},
         machine::SectionSink,
     };
     use proptest::{collection::vec, prelude::*};
     use std::{
-        os::unix::fs::PermissionsExt,
+        os::{
+            fd::OwnedFd,
+            unix::{fs::PermissionsExt, net::UnixStream},
+        },
         pin::pin,
         task::{Context, Poll, Waker},
         time::Duration,
@@ -194,6 +197,10 @@ mod tests {
         let mut writer = ContainerWriter::create(Arc::new(StdFs), path, 1).await.unwrap();
         writer.begin("ram").await.unwrap();
         writer.write(content).await.unwrap();
+        finish(writer).await
+    }
+
+    async fn finish(writer: ContainerWriter) -> u64 {
         let (backend, arch, memory) = ("kvm".to_owned(), "x86_64".to_owned(), Mib(64));
         let metadata = SnapshotMetadata {
             id: SnapshotId(1),
@@ -338,5 +345,45 @@ mod tests {
                 fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path()).collect();
             assert!(left.is_empty() && !done || left == [path], "after {polls} polls: {left:?}");
         }
+    }
+
+    #[test]
+    fn content_that_cannot_be_made_durable_is_an_error() {
+        // A socket takes what is written, and has no disk to bring it to.
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let mut writer = Writer { file: Arc::new(OwnedFd::from(ours).into()) };
+        runtime().block_on(async {
+            writer.write_all(Bytes::from_static(b"gone soon")).await.unwrap();
+            assert_eq!(writer.sync().await.unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        });
+    }
+
+    #[test]
+    fn an_image_is_found_in_its_file_and_misses_what_is_cut_off() {
+        let dir = TempDir::new().unwrap();
+        let path = dir.path().join("snapshot");
+        runtime().block_on(async {
+            let mut writer = ContainerWriter::create(Arc::new(StdFs), &path, 1).await.unwrap();
+            writer.begin_image("ram", 3 << 12).await.unwrap();
+            writer.write_at(1 << 12, Bytes::from(vec![7; 1 << 12])).await.unwrap();
+            finish(writer).await;
+            let sections = container::open(&StdFs, &path).await.unwrap().sections;
+            let image = sections.image("ram").unwrap();
+            let ([piece], [layer]) = (image.pieces(), image.layers()) else { panic!("{image:?}") };
+            // As whoever maps it does.
+            let file = layer.reader().file().unwrap();
+            let mut mapped = [0; 1 << 12];
+            file.read_exact_at(&mut mapped, piece.at).unwrap();
+            assert_eq!(mapped, [7; 1 << 12]);
+
+            OpenOptions::new().write(true).open(&path).unwrap().set_len(piece.at + 9).unwrap();
+            for refused in [
+                image.verify().await.unwrap_err(),
+                image.read(*piece).await.unwrap_err(),
+                image.content(image.total()).await.unwrap_err(),
+            ] {
+                assert!(matches!(refused, ContainerError::Corrupt(_)), "{refused}");
+            }
+        });
     }
 }

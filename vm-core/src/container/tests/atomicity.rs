@@ -235,3 +235,34 @@ fn a_configuration_that_cannot_be_written_is_an_error() {
     assert!(run(writer.finish(metadata, config, compatibility, None)).is_err());
     assert!(fs.paths().is_empty());
 }
+
+#[test]
+fn a_file_without_a_directory_is_written_to_the_current_one() {
+    let fs = MemoryFs::new();
+    let bytes = assemble(FORMAT, b"abc", OLD_MANIFEST.as_bytes());
+    run(write_verified(fs.shared(), Path::new("one"), bytes.clone(), 1)).unwrap();
+    assert_eq!(fs.paths(), [Path::new("one")]);
+    assert_eq!(fs.get(Path::new("one")).unwrap(), bytes);
+}
+
+#[test]
+fn sweeping_goes_on_after_a_file_that_stays_and_tells_of_it() {
+    let dir = Path::new("/snapshots");
+    let leftovers = [1, 2].map(|tag| temp_path(Path::new(PATH), tag).unwrap());
+    for (kind, told) in [
+        (io::ErrorKind::PermissionDenied, Err(io::ErrorKind::PermissionDenied)),
+        // Somebody else swept it.
+        (io::ErrorKind::NotFound, Ok(1)),
+    ] {
+        let fs = MemoryFs::new();
+        leftovers.iter().for_each(|path| fs.put(path, b"half"));
+        // The first call lists, the second one removes the first file.
+        fs.set_fault(Fault::Fail(1, kind));
+        let swept = run(sweep(&fs, dir)).map_err(|error| match error {
+            ContainerError::Io { path, kind, .. } if Path::new(&path) == leftovers[0] => kind,
+            other => panic!("{other}"),
+        });
+        assert_eq!(swept, told);
+        assert_eq!(fs.paths(), [leftovers[0].clone()]);
+    }
+}

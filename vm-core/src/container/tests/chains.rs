@@ -4,6 +4,7 @@ use super::{
     memory_fs::{Fault, Kept},
     *,
 };
+use crate::container::layout::HEADER_LEN;
 use std::path::PathBuf;
 
 /// What a container of a chain says of its image: its length, and offset, length and content of runs, zeros for 0.
@@ -287,5 +288,45 @@ fn images_are_used_as_they_must_be() {
     for mistake in mistakes {
         let mut writer = run(ContainerWriter::create(fs.shared(), &path(0), 1)).unwrap();
         assert!(mistake(&mut writer));
+    }
+}
+
+#[test]
+fn every_image_has_a_map_of_its_own() {
+    let fs = MemoryFs::new();
+    let (Manifest { metadata, config, compatibility, .. }, _) = plain();
+    let mut writer = run(ContainerWriter::create(fs.shared(), &path(0), 1)).unwrap();
+    for (name, offset) in [("ram", 4), ("disk", 0)] {
+        run(writer.begin_image(name, 8)).unwrap();
+        run(writer.write_at(offset, Bytes::from_static(name.as_bytes()))).unwrap();
+    }
+    run(writer.finish(metadata, config, compatibility, None)).unwrap();
+    let Chain { manifest, sections, .. } = run(open(&fs, &path(0))).unwrap();
+    // Other readers of the format look for these names.
+    let names: Vec<_> = manifest.sections.iter().map(|entry| &entry.name[..]).collect();
+    assert_eq!(names, ["ram", "ram.map", "disk", "disk.map"]);
+    for (name, content) in [("ram", b"\0\0\0\0ram\0"), ("disk", b"disk\0\0\0\0")] {
+        assert_eq!(run(sections.image(name).unwrap().content(8)).unwrap(), &content[..]);
+    }
+}
+
+#[test]
+fn an_image_is_refused_without_its_own_map() {
+    let fs = MemoryFs::new();
+    let (manifest, _) = plain();
+    write(&fs, &manifest, &[Step { total: 8, runs: vec![(0, 8, 1)] }]);
+    let bytes = Bytes::from(fs.get(&path(0)).unwrap());
+    let (manifest, _) = verify_bytes(&bytes).unwrap();
+    let end = manifest.sections.last().map_or(0, |last| last.offset + last.length);
+    let body = &bytes[HEADER_LEN..usize::try_from(end).unwrap()];
+    let lies: [fn(&mut SectionEntry); 2] =
+        [|map| map.name = "other.map".to_owned(), |map| map.image = true];
+    for lie in lies {
+        let mut manifest = manifest.clone();
+        let map = manifest.sections.iter_mut().find(|entry| entry.name == "ram.map");
+        lie(map.unwrap());
+        let forged = assemble(FORMAT, body, &serde_json::to_vec(&manifest).unwrap());
+        let wanted = ContainerError::Corrupt("image `ram` has no map".to_owned());
+        assert_eq!(verify_bytes(&forged).unwrap_err(), wanted);
     }
 }

@@ -169,3 +169,35 @@ fn manifests_of_other_writers_of_the_format_are_read() {
         "{refused}"
     );
 }
+
+#[test]
+fn bytes_that_nothing_accounts_for_are_refused() {
+    let bytes = assemble(FORMAT, b"abc", OLD_MANIFEST.as_bytes());
+    let (whole, trailer) = bytes.split_at(bytes.len() - TRAILER_LEN);
+    let trailer =
+        layout::Trailer::decode(trailer.first_chunk().unwrap(), bytes.len() as u64).unwrap();
+    // Between the manifest and a trailer that allows for them.
+    let longer = layout::Trailer { total_length: trailer.total_length + 5, ..trailer };
+    assert!(is_corrupt([whole, b"extra", &longer.encode()].concat()));
+}
+
+#[test]
+fn a_file_that_becomes_shorter_while_it_is_read_is_damaged() {
+    let fs = MemoryFs::new();
+    fs.put(Path::new(PATH), &assemble(FORMAT, b"abc", OLD_MANIFEST.as_bytes()));
+    fs.state().claimed_size = Some(1 << 20);
+    let refused = run(open(&fs, Path::new(PATH))).unwrap_err();
+    assert!(matches!(refused, ContainerError::Corrupt(_)), "{refused}");
+    let refused = run(read_verified(&fs, Path::new(PATH))).unwrap_err();
+    assert!(matches!(refused, ContainerError::Corrupt(_)), "{refused}");
+}
+
+#[test]
+fn a_long_file_that_is_no_container_is_not_read_whole() {
+    let fs = MemoryFs::new();
+    fs.put(Path::new(PATH), &layout::header(FORMAT));
+    fs.state().claimed_size = Some((1 << 20) + 1);
+    let refused = run(read_verified(&fs, Path::new(PATH))).unwrap_err();
+    assert!(matches!(refused, ContainerError::Corrupt(_)), "{refused}");
+    assert!(fs.state().longest_read <= TRAILER_LEN);
+}

@@ -34,6 +34,8 @@ pub(super) struct State {
     fault: Fault,
     pub(super) calls: Vec<&'static str>,
     pub(super) longest_read: usize,
+    /// How long each write was.
+    pub(super) writes: Vec<usize>,
     /// Pretends that files are of this size.
     pub(super) claimed_size: Option<u64>,
 }
@@ -73,6 +75,7 @@ impl MemoryFs {
             fault: Fault::None,
             calls: Vec::new(),
             longest_read: 0,
+            writes: Vec::new(),
             claimed_size: None,
         })))
     }
@@ -235,8 +238,12 @@ impl HostFs for MemoryFs {
         }
     }
 
-    async fn sync_dir(&self, _path: &Path) -> io::Result<()> {
+    async fn sync_dir(&self, path: &Path) -> io::Result<()> {
         self.enter("sync_dir").await?;
+        // Nothing has the empty path, not even the current directory.
+        if path.as_os_str().is_empty() {
+            return Err(io::ErrorKind::NotFound.into());
+        }
         {
             let mut state = self.state();
             state.durable_names = state.names.clone();
@@ -266,6 +273,7 @@ impl HostFile for MemoryFile {
         let first = &bytes[..half];
         {
             let mut state = self.fs.state();
+            state.writes.push(bytes.len());
             if entered.is_ok() || !state.crashed() {
                 state.files[self.file].now.extend_from_slice(first);
             }
