@@ -240,3 +240,17 @@ pub trait FaultControl: Send + Sync + fmt::Debug {
     /// Lists the orders that have not happened yet.
     fn pending(&self) -> Vec<FaultOrder>;
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fault_is_found_by_what_it_prints() {
+        for kind in FaultKind::ALL {
+            assert_eq!(kind.to_string().parse(), Ok(*kind));
+        }
+        let unknown = "no_such_fault".parse::<FaultKind>().unwrap_err();
+        assert!(unknown.to_string().contains("no_such_fault"), "{unknown}");
+    }
+}

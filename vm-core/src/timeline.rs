@@ -159,3 +159,43 @@ fn frame_text(frame: &Frame) -> String {
         other => format!("{other:?}"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+    use vm_guest_protocol::Channel;
+    use vm_trait::Operation;
+
+    fn line(occurrence: &Occurrence<'_>) -> String {
+        TimelineLine::of(Duration::from_millis(12_345), VmId(7), occurrence).to_string()
+    }
+
+    #[test]
+    fn a_line_says_when_on_which_machine_and_what() {
+        let begun = Occurrence::Begun { operation: Operation::ReadFile, call: 3, detail: "/a" };
+        let text = line(&begun);
+        assert!(text.starts_with("   12.345000s  "), "{text}");
+        assert!(text.contains(&VmId(7).to_string()), "{text}");
+        assert!(text.ends_with("read_file #3 /a"), "{text}");
+        let of_host = TimelineLine {
+            at: Duration::ZERO,
+            vm: None,
+            mark: Mark::Note,
+            text: "remark".to_owned(),
+        };
+        let text = of_host.to_string();
+        assert!(text.contains("host ") && text.ends_with("remark"), "{text}");
+    }
+
+    #[test]
+    fn bytes_of_a_frame_are_counted_and_not_printed() {
+        let bytes = Bytes::from_static(b"secret");
+        let frame = Frame::Data { channel: Channel::Stdout, offset: 9, bytes };
+        let text = line(&Occurrence::Frame { sent: false, stream: 4, frame: &frame });
+        assert!(text.ends_with("<- stream 4: Data Stdout 6 bytes at 9"), "{text}");
+        let eof = Frame::Eof { channel: Channel::Stdin, offset: 5 };
+        let text = line(&Occurrence::Frame { sent: true, stream: 4, frame: &eof });
+        assert!(text.contains("-> stream 4: Eof") && text.contains("Stdin"), "{text}");
+    }
+}

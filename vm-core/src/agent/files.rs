@@ -163,3 +163,18 @@ fn check_path(path: &str) -> Result<(), VmErrorKind> {
     }
     Err(VmErrorKind::GuestFile { path: path.to_owned(), error: GuestFileError::InvalidPath })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_are_put_together_and_counted() {
+        let mut content = Content::default();
+        for chunk in ["ab", "", "cde", "f"] {
+            content.push(chunk.into());
+        }
+        assert_eq!(content.length, 6);
+        assert_eq!(content.into_bytes(), "abcdef");
+    }
+}

@@ -456,4 +456,35 @@ mod tests {
         let input = Frame::Data { channel: Channel::Stdin, offset: 0, bytes };
         assert!(started().accept(input).is_err());
     }
+
+    #[test]
+    fn what_comes_again_after_the_end_of_a_channel_changes_nothing() {
+        let mut stream = started();
+        let eof = || Frame::Eof { channel: Channel::Stdout, offset: 3 };
+        for frame in [data(0, b"abc"), eof(), data(0, b"ab"), data(0, b"abc"), eof()] {
+            stream.accept(frame).unwrap();
+        }
+        assert_eq!(stream.stdout.take(), Some("abc".into()));
+        assert_eq!(stream.stdout.take(), None);
+        assert!(stream.stdout.at_end());
+        assert!(stream.accept(data(3, b"d")).is_err());
+    }
+
+    #[test]
+    fn a_program_starts_once_and_not_where_nobody_comes() {
+        let at = |stdout| {
+            let (process, pid) = (1, 2);
+            Frame::Started(Started { process, pid, stdout, stderr: 0, tty: false, stdin: 0 })
+        };
+        let mut stream = started();
+        stream.accept(data(0, b"abc")).unwrap();
+        stream.accept(at(100)).unwrap();
+        stream.accept(data(3, b"d")).unwrap();
+        assert_eq!(stream.stdout.take(), Some("abc".into()));
+        assert_eq!(stream.stdout.take(), Some("d".into()));
+        for (stdout, fits) in [(FURTHEST, true), (FURTHEST + 1, false)] {
+            let accepted = Stream::new(Request::Ping).accept(at(stdout));
+            assert_eq!(accepted.is_ok(), fits, "{stdout}");
+        }
+    }
 }

@@ -324,3 +324,17 @@ pub(crate) fn compatible_with(
         agent_protocol: PROTOCOL_VERSION,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_child_that_could_not_be_taken_over_is_not_fit_for_use() {
+        assert_eq!(adopted_with(Ok(Ok(Answer::Done))), Ok(()));
+        assert_eq!(
+            adopted_with(Ok(Err(VmErrorKind::Disconnected))),
+            Err(VmErrorKind::Disconnected)
+        );
+    }
+}

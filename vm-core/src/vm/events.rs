@@ -101,4 +101,14 @@ mod tests {
         let rest = reader.collect::<Vec<_>>().now_or_never();
         assert_eq!(rest.map(|events| events.len()), Some(MOST));
     }
+
+    #[test]
+    fn readers_that_left_are_forgotten() {
+        let mut subscribers = Subscribers::default();
+        for _ in 0..10 {
+            drop(subscribers.subscribe());
+        }
+        let _reader = subscribers.subscribe();
+        assert_eq!(subscribers.0.len(), 1);
+    }
 }

@@ -29,11 +29,9 @@ use vm_trait::{
 /// How much memory the snapshot holds: more than is read in one go.
 const LENGTH: usize = 3 << 20;
 
-/// Writes a snapshot that machines of [`Ill`] load without looking at it, and gives it with the place of its image.
-async fn snapshot(path: PathBuf) -> (Snapshot, u64) {
-    let mut config = VmConfig::default();
-    config.timeouts.capture = Duration::from_secs(20);
-    let metadata = SnapshotMetadata {
+/// Says what a snapshot of a machine of this configuration holds.
+pub(crate) fn metadata(config: &VmConfig) -> SnapshotMetadata {
+    SnapshotMetadata {
         id: SnapshotId(1),
         vm: VmId(2),
         backend: "ill".to_owned(),
@@ -43,7 +41,14 @@ async fn snapshot(path: PathBuf) -> (Snapshot, u64) {
         memory: config.memory,
         label: None,
         base: None,
-    };
+    }
+}
+
+/// Writes a snapshot that machines of [`Ill`] load without looking at it, and gives it with the place of its image.
+async fn snapshot(path: PathBuf) -> (Snapshot, u64) {
+    let mut config = VmConfig::default();
+    config.timeouts.capture = Duration::from_secs(20);
+    let metadata = metadata(&config);
     let compatibility = Compatibility {
         backend: metadata.backend.clone(),
         arch: metadata.arch.clone(),

@@ -22,10 +22,11 @@ use vm_core::{
         Acceptor, CaptureOrder, Captured, Generation, Hypervisor, Link, Machine, MachineError,
         MachineExit, MachineSpec, MachineStats, MachineStatus, SectionSink, Sections,
     },
-    observe::NoObserver,
+    observe::{Observer, Occurrence},
+    timeline::describe,
 };
 use vm_guest_protocol::{AGENT_PORT, Channel, Frame, encode};
-use vm_trait::{Capabilities, Capability, HostLimits, Mib};
+use vm_trait::{Capabilities, Capability, HostLimits, Mib, VmId};
 
 /// What the agent does next on a connection.
 #[derive(Clone, Debug)]
@@ -74,16 +75,39 @@ pub(crate) struct Ill {
     pub(crate) dials: Arc<AtomicUsize>,
     /// How often a machine was told to run on.
     pub(crate) resumes: Arc<AtomicUsize>,
+    capabilities: Capabilities,
+    /// The frames that the host sent.
+    sent: Mutex<Vec<(u32, Frame)>>,
+    /// Everything else that the core told of its work.
+    told: Mutex<Vec<String>>,
 }
 
 impl Ill {
     pub(crate) fn new(behaviour: Behaviour) -> Arc<Self> {
+        Self::able(behaviour, Capabilities::all().without(Capability::GuestKernel))
+    }
+
+    /// Makes one that claims these capabilities alone.
+    pub(crate) fn able(behaviour: Behaviour, capabilities: Capabilities) -> Arc<Self> {
         Arc::new(Self {
             behaviour,
+            capabilities,
+            sent: Mutex::default(),
+            told: Mutex::default(),
             most_taken: Arc::default(),
             dials: Arc::default(),
             resumes: Arc::default(),
         })
+    }
+
+    /// Gives the frames that the host sent, with their streams.
+    pub(crate) fn sent(&self) -> Vec<(u32, Frame)> {
+        self.sent.lock().unwrap().clone()
+    }
+
+    /// Gives what else the core told of its work.
+    pub(crate) fn told(&self) -> Vec<String> {
+        self.told.lock().unwrap().clone()
     }
 
     pub(crate) fn backend(self: &Arc<Self>) -> CoreBackend {
@@ -99,8 +123,19 @@ impl Ill {
             env: Arc::new(TokioEnv::seeded(Duration::from_secs(1_000_000_000), random)),
             fs: Arc::new(StdFs),
             snapshots: "/nowhere".into(),
-            observer: Arc::new(NoObserver),
+            observer: self.clone(),
         })
+    }
+}
+
+impl Observer for Ill {
+    fn record(&self, _: VmId, occurrence: &Occurrence<'_>) {
+        match occurrence {
+            Occurrence::Frame { sent: true, stream, frame } => {
+                self.sent.lock().unwrap().push((*stream, (*frame).clone()));
+            }
+            other => self.told.lock().unwrap().push(describe(other)),
+        }
     }
 }
 
@@ -115,7 +150,7 @@ impl Hypervisor for Ill {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities::all().without(Capability::GuestKernel)
+        self.capabilities
     }
 
     fn limits(&self) -> HostLimits {
@@ -244,6 +279,7 @@ impl Machine for IllMachine {
 
     async fn capture(&self, _: CaptureOrder) -> Result<Box<dyn Captured>, MachineError> {
         self.obey(MachineStatus::Paused).await?;
+        tokio::time::sleep(Duration::from_millis(7)).await;
         Ok(Box::new(Nothing))
     }
 

@@ -5,4 +5,7 @@ mod frames;
 mod hostile_agent;
 mod hostile_machine;
 mod machine;
+mod refusals;
 mod scripted_agent;
+mod session;
+mod told;

@@ -15,9 +15,9 @@ use vm_trait::{
     RemoveOptions, VmBackend, VmConfig, VmErrorKind, VmEvent, VmInstance, WriteOptions,
 };
 
-const SECOND: Duration = Duration::from_secs(1);
+pub(crate) const SECOND: Duration = Duration::from_secs(1);
 
-fn started() -> Frame {
+pub(crate) fn started() -> Frame {
     Frame::Started(Started { process: 9, pid: 77, stdout: 0, stderr: 0, tty: false, stdin: 0 })
 }
 
@@ -45,14 +45,14 @@ async fn running_with(
 }
 
 /// Gives a configuration in which requests have a second.
-fn impatient() -> VmConfig {
+pub(crate) fn impatient() -> VmConfig {
     let mut config = VmConfig::default();
     config.timeouts.request = SECOND;
     config
 }
 
 /// Takes what was told up to now.
-fn told(events: &mut EventStream) -> Vec<VmEvent> {
+pub(crate) fn told(events: &mut EventStream) -> Vec<VmEvent> {
     let mut told = Vec::new();
     while let Some(Some(event)) = events.next().now_or_never() {
         told.push(event);
@@ -61,7 +61,7 @@ fn told(events: &mut EventStream) -> Vec<VmEvent> {
 }
 
 /// Gives a script that answers each request with some frames on its stream.
-fn answers(answers: Vec<Vec<Frame>>) -> Vec<Act> {
+pub(crate) fn answers(answers: Vec<Vec<Frame>>) -> Vec<Act> {
     let mut script = vec![Act::Frame(0, welcome(false))];
     for (stream, frames) in (1_u32..).zip(answers) {
         // What was sent before has arrived by then.
