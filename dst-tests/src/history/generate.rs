@@ -378,7 +378,8 @@ fn exec(profile: &Profile) -> BoxedStrategy<Act> {
     ];
     let mut programs = vec![(17, program.boxed())];
     if profile.capabilities.has(Capability::Tty) || profile.beyond {
-        let size = prop::sample::select(vec![(1_u16, 1_u16), (24, 80), (u16::MAX, 1)]);
+        // Some `stty` take other sizes for mistakes, and tell of 24 by 80.
+        let size = prop::sample::select(vec![(2_u16, 2_u16), (24, 80), (500, 1000)]);
         programs.push((1, size.prop_map(|(rows, cols)| Program::Terminal { rows, cols }).boxed()));
     }
     if profile.capabilities.has(Capability::Users) || profile.beyond {
