@@ -4,9 +4,10 @@ use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use std::{
     collections::VecDeque,
+    path::PathBuf,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -111,6 +112,11 @@ impl Ill {
     }
 
     pub(crate) fn backend(self: &Arc<Self>) -> CoreBackend {
+        self.backend_in("/nowhere")
+    }
+
+    /// Gives a backend that keeps its snapshots there.
+    pub(crate) fn backend_in(self: &Arc<Self>, snapshots: impl Into<PathBuf>) -> CoreBackend {
         let mut last = 1_u8;
         let random = move |bytes: &mut [u8]| {
             for byte in bytes {
@@ -122,7 +128,7 @@ impl Ill {
             hypervisor: self.clone(),
             env: Arc::new(TokioEnv::seeded(Duration::from_secs(1_000_000_000), random)),
             fs: Arc::new(StdFs),
-            snapshots: "/nowhere".into(),
+            snapshots: snapshots.into(),
             observer: self.clone(),
         })
     }
@@ -166,6 +172,7 @@ impl Hypervisor for Ill {
             most_taken: self.most_taken.clone(),
             dials: self.dials.clone(),
             resumes: self.resumes.clone(),
+            captures: AtomicU64::default(),
         }))
     }
 }
@@ -179,6 +186,7 @@ struct IllMachine {
     most_taken: Arc<AtomicUsize>,
     dials: Arc<AtomicUsize>,
     resumes: Arc<AtomicUsize>,
+    captures: AtomicU64,
 }
 
 impl IllMachine {
@@ -202,12 +210,12 @@ impl IllMachine {
 
 /// A state without sections.
 #[derive(Debug)]
-struct Nothing;
+struct Nothing(Option<Generation>);
 
 #[async_trait]
 impl Captured for Nothing {
     fn generation(&self) -> Option<Generation> {
-        None
+        self.0
     }
 
     async fn write(&mut self, _: &mut dyn SectionSink) -> Result<(), MachineError> {
@@ -277,10 +285,11 @@ impl Machine for IllMachine {
         }
     }
 
-    async fn capture(&self, _: CaptureOrder) -> Result<Box<dyn Captured>, MachineError> {
+    async fn capture(&self, order: CaptureOrder) -> Result<Box<dyn Captured>, MachineError> {
         self.obey(MachineStatus::Paused).await?;
         tokio::time::sleep(Duration::from_millis(7)).await;
-        Ok(Box::new(Nothing))
+        let taken = self.captures.fetch_add(1, Ordering::Relaxed);
+        Ok(Box::new(Nothing(order.track.then_some(Generation(taken)))))
     }
 
     async fn load(&self, _: &Sections, _: bool) -> Result<(), MachineError> {

@@ -1,5 +1,6 @@
 //! The core above machines and agents that mean it ill.
 
+mod captures;
 mod damaged_image;
 mod frames;
 mod hostile_agent;
