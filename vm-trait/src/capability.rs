@@ -222,4 +222,20 @@ mod tests {
             prop_assert_eq!(serde_json::from_str::<Capabilities>(&text).unwrap(), set);
         }
     }
+
+    #[test]
+    fn every_capability_has_a_name_of_its_own_that_is_shown_and_written() {
+        let names: BTreeSet<&str> = Capability::ALL.iter().map(|it| it.name()).collect();
+        assert_eq!(names.len(), Capability::ALL.len());
+        for capability in Capability::ALL {
+            assert_eq!(serde_json::to_value(capability).unwrap(), capability.name());
+            assert_eq!(capability.to_string(), capability.name());
+        }
+    }
+
+    #[test]
+    fn a_set_is_shown_with_what_is_in_it() {
+        let set = Capabilities::default().with(Capability::Fork).with(Capability::Exec);
+        assert_eq!(format!("{set:?}"), "{Exec, Fork}");
+    }
 }

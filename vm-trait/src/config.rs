@@ -605,4 +605,55 @@ mod tests {
         let text = serde_json::to_string(&config).unwrap();
         assert_eq!(serde_json::from_str::<VmConfig>(&text).unwrap(), config);
     }
+
+    #[test]
+    fn the_builder_keeps_all_that_was_set_before() {
+        let wanted = VmConfig {
+            name: Some("n".into()),
+            labels: BTreeMap::from([("k".into(), "v".into())]),
+            vcpus: 3,
+            memory: Mib(96),
+            hostname: "h".into(),
+            env: BTreeMap::from([("A".into(), "1".into())]),
+            kernel: KernelConfig::default().with_path("/k"),
+            root: RootConfig::directory("/r"),
+            disks: vec![DiskConfig::new("d", "/d")],
+            mounts: vec![MountConfig::new("m", "/m")],
+            network: NetworkConfig::tsi(),
+            limits: BTreeMap::from([(Resource::Cpu, Limit::of(1))]),
+            console_bytes: 2048,
+            console_file: Some("/c".into()),
+            timeouts: Timeouts { boot: Duration::from_secs(77), ..Timeouts::default() },
+        };
+        type Step = fn(VmConfigBuilder, &VmConfig) -> VmConfigBuilder;
+        let steps: [Step; 15] = [
+            |builder, _| builder.with_name("n"),
+            |builder, _| builder.with_label("k", "v"),
+            |builder, _| builder.with_vcpus(3),
+            |builder, _| builder.with_memory(Mib(96)),
+            |builder, _| builder.with_hostname("h"),
+            |builder, _| builder.with_env("A", "1"),
+            |builder, it| builder.with_kernel(it.kernel.clone()),
+            |builder, it| builder.with_root(it.root.clone()),
+            |builder, it| builder.with_disk(it.disks[0].clone()),
+            |builder, it| builder.with_mount(it.mounts[0].clone()),
+            |builder, it| builder.with_network(it.network.clone()),
+            |builder, it| builder.with_limit(Resource::Cpu, it.limits[&Resource::Cpu]),
+            |builder, _| builder.with_console_bytes(2048),
+            |builder, _| builder.with_console_file("/c"),
+            |builder, it| builder.with_timeouts(it.timeouts.clone()),
+        ];
+        // In either order, so that each is both before and after all others.
+        let there = steps.iter().fold(VmConfig::builder(), |built, step| step(built, &wanted));
+        let back = steps.iter().rev().fold(VmConfig::builder(), |built, step| step(built, &wanted));
+        assert_eq!(there.build().unwrap(), wanted);
+        assert_eq!(back.build().unwrap(), wanted);
+    }
+
+    #[test]
+    fn a_kernel_command_line_is_taken_up_to_its_most_bytes() {
+        let mut config = VmConfig::default();
+        config.kernel.cmdline = format!(" {}~", "a".repeat(1022));
+        assert_eq!(config.validate(), Ok(()));
+    }
 }

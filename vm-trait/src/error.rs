@@ -414,4 +414,20 @@ mod tests {
         let error = VmError::new(Operation::Exec, VmErrorKind::Interrupted);
         assert!(!error.is_retriable() && error.requires_restart());
     }
+
+    #[test]
+    fn the_error_of_a_lower_layer_is_the_source() {
+        let error = VmError::new(Operation::Exec, VmErrorKind::Disconnected);
+        assert!(error.source().is_none());
+        let error = error.with_source(std::io::Error::other("the pipe broke"));
+        assert_eq!(error.source().unwrap().to_string(), "the pipe broke");
+    }
+
+    #[test]
+    fn every_boot_stage_is_shown_as_it_is_written() {
+        for stage in [BootStage::Machine, BootStage::Kernel, BootStage::Handshake] {
+            assert_eq!(serde_json::to_value(stage).unwrap(), stage.name());
+            assert_eq!(stage.to_string(), stage.name());
+        }
+    }
 }

@@ -37,3 +37,18 @@ impl fmt::Debug for SnapshotId {
         fmt::Display::fmt(self, f)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_read_alike_in_errors_and_in_debug_output() {
+        assert_eq!(VmId(0xabc).to_string(), "vm-0000000000000abc");
+        assert_eq!(SnapshotId(0xdef).to_string(), "snap-0000000000000def");
+        assert_eq!(
+            format!("{:?}", (VmId(1), SnapshotId(2))),
+            format!("({}, {})", VmId(1), SnapshotId(2))
+        );
+    }
+}

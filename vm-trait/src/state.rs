@@ -368,6 +368,7 @@ impl fmt::Display for VmState {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeSet;
 
     const STATES: [VmState; 7] = [
         VmState::Created,
@@ -460,5 +461,36 @@ mod tests {
     fn the_reason_of_a_crash_is_kept_by_stop() {
         let crashed = VmState::Crashed(CrashReason::VmmDied);
         assert_eq!(crashed.next(&StateInput::StopDone), Some(crashed.clone()));
+    }
+
+    #[test]
+    fn a_machine_exists_from_its_start_until_its_end() {
+        let has: Vec<bool> = STATES.iter().map(VmState::has_machine).collect();
+        assert_eq!(has, [false, true, true, true, true, false, false]);
+        let ended: Vec<bool> = STATES.iter().map(VmState::is_ended).collect();
+        assert_eq!(ended, [false, false, false, false, false, true, true]);
+    }
+
+    #[test]
+    fn every_state_and_reason_has_a_name_of_its_own_that_is_shown() {
+        let reasons = [
+            CrashReason::BootFailed,
+            CrashReason::GuestPanic,
+            CrashReason::VmmDied,
+            CrashReason::Unresponsive,
+            CrashReason::HostLost,
+        ];
+        let mut names: BTreeSet<&str> = STATES.iter().map(VmState::name).collect();
+        assert!(names.contains("running"));
+        names.extend(reasons.iter().map(CrashReason::name));
+        assert!(!names.contains("") && names.len() == STATES.len() + reasons.len(), "{names:?}");
+        for reason in reasons {
+            assert_eq!(reason.to_string(), reason.name());
+            let shown = format!("crashed ({})", reason.name());
+            assert_eq!(VmState::Crashed(reason).to_string(), shown);
+        }
+        for state in &STATES[..6] {
+            assert_eq!(state.to_string(), state.name());
+        }
     }
 }

@@ -135,6 +135,10 @@ impl fmt::Debug for GuestStream {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    };
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     #[tokio::test]
@@ -159,5 +163,62 @@ mod tests {
         }
         stream.shutdown().await.unwrap();
         assert_eq!(far.await.unwrap(), b"one after the other, gathered");
+    }
+
+    /// Notes what is asked of it, and takes pieces together or not.
+    struct Noting {
+        vectored: bool,
+        flushed: Arc<AtomicUsize>,
+    }
+
+    impl AsyncRead for Noting {
+        fn poll_read(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            _: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    impl AsyncWrite for Noting {
+        fn poll_write(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            buf: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            Poll::Ready(Ok(buf.len()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            self.flushed.fetch_add(1, Ordering::Relaxed);
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn is_write_vectored(&self) -> bool {
+            self.vectored
+        }
+    }
+
+    #[tokio::test]
+    async fn the_backend_s_stream_is_asked_to_flush_and_whether_it_takes_pieces() {
+        for vectored in [true, false] {
+            let flushed = Arc::new(AtomicUsize::new(0));
+            let io = Noting { vectored, flushed: Arc::clone(&flushed) };
+            let mut stream = GuestStream::new(1025, Box::new(io));
+            assert_eq!(stream.is_write_vectored(), vectored);
+            stream.flush().await.unwrap();
+            assert_eq!(flushed.load(Ordering::Relaxed), 1);
+        }
+    }
+
+    #[test]
+    fn a_stream_is_shown_with_its_port() {
+        let stream = GuestStream::new(1025, Box::new(tokio::io::empty()));
+        assert_eq!(format!("{stream:?}"), "GuestStream { port: 1025, .. }");
     }
 }

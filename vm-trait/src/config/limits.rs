@@ -181,4 +181,19 @@ mod tests {
             prop_assert_eq!(serde_json::from_str::<BTreeMap<Resource, Limit>>(&text).unwrap(), limits);
         }
     }
+
+    #[test]
+    fn a_resource_is_shown_by_its_name() {
+        assert_eq!(Resource::Nofile.to_string(), "nofile");
+        for resource in Resource::ALL {
+            assert_eq!(resource.to_string(), resource.name());
+        }
+    }
+
+    #[test]
+    fn open_files_are_limited_up_to_what_linux_allows() {
+        let limited = |most| validate(&BTreeMap::from([(Resource::Nofile, Limit::of(most))]));
+        assert_eq!(limited(MAX_OPEN_FILES), Ok(()));
+        assert!(limited(MAX_OPEN_FILES + 1).is_err());
+    }
 }

@@ -152,4 +152,12 @@ mod tests {
             prop_assert_eq!(checked(vec![MountConfig::new("h", at)], Vec::new()).is_ok(), normal);
         }
     }
+
+    #[test]
+    fn as_many_as_are_allowed_are_taken() {
+        let mount = |n| MountConfig::new(format!("h{n}"), format!("/m{n}"));
+        assert_eq!(checked((0..VmConfig::MAX_MOUNTS).map(mount).collect(), Vec::new()), Ok(()));
+        let longest = MountConfig::new("h", format!("/{}", "x".repeat(MAX_GUEST_PATH - 1)));
+        assert_eq!(checked(vec![longest], Vec::new()), Ok(()));
+    }
 }

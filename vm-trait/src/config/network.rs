@@ -170,4 +170,11 @@ mod tests {
             prop_assert_eq!(serde_json::from_str::<NetworkConfig>(&text).unwrap(), network);
         }
     }
+
+    #[test]
+    fn as_many_ports_as_are_allowed_are_taken() {
+        let network = (1..=256).fold(NetworkConfig::tsi(), |it, n| it.with_port(n, n));
+        assert_eq!(network.ports().len(), NetworkConfig::MAX_PORTS);
+        assert_eq!(network.validate(), Ok(()));
+    }
 }
