@@ -467,3 +467,121 @@ fn a_host_that_breaks_the_flow_rules_is_cut_off() {
         assert_eq!(host.carry_to_agent(usize::MAX), Err(violation));
     }
 }
+
+#[test]
+fn programs_and_directories_are_taken_up_to_the_longest_path() {
+    let long = |name: &str, length: usize| "/".repeat(length - name.len()) + name;
+    let echo = |length| exec(&[&long("bin/echo", length)]);
+    let within = |length| ExecSpec { cwd: Some(long("tmp", length)), ..exec(&["echo"]) };
+    for spec in [echo(4096), within(4096)] {
+        let mut host = Host::new();
+        let id = host.open(Request::Exec(spec));
+        host.settle();
+        assert_eq!(exit_of(&host, id).code, Some(0));
+    }
+    assert_eq!(failure(echo(4097)), Kind::InvalidArgument);
+    assert_eq!(failure(within(4097)), Kind::BadWorkingDirectory);
+}
+
+#[test]
+fn a_directory_is_entered_with_the_rights_of_its_owner_its_group_or_others() {
+    for (mode, uid, gid, may) in [
+        (0o710, 1, 9, true),
+        (0o710, 2, 5, true),
+        (0o710, 2, 6, false),
+        (0o701, 2, 5, false),
+        (0o701, 2, 6, true),
+        (0o071, 1, 5, false),
+    ] {
+        let mut host = Host::new();
+        host.os.put("/team", Body::Dir, mode);
+        host.os.node_mut("/team").unwrap().owner = (1, 5);
+        let user = Some(UserSpec::Ids { uid, gid });
+        let spec = ExecSpec { cwd: Some("/team".into()), user, ..exec(&["echo"]) };
+        let id = host.open(Request::Exec(spec));
+        host.settle();
+        assert_eq!(host.streams[&id].started.is_some(), may, "{mode:o} for {uid}:{gid}");
+    }
+}
+
+#[test]
+fn a_passwd_is_read_up_to_its_largest() {
+    let line = b"\nann:x:3:4::/:\n";
+    for (size, ids) in [(4 << 20, Some((3, 4))), ((4 << 20) + 1, None)] {
+        let mut host = Host::new();
+        let mut passwd = vec![b'x'; size - line.len()];
+        passwd.extend_from_slice(line);
+        host.os.put("/etc/passwd", Body::File(passwd), 0o644);
+        let user = Some(UserSpec::Name("ann".into()));
+        host.open(Request::Exec(ExecSpec { user, ..exec(&["echo"]) }));
+        host.settle();
+        assert_eq!(host.os.procs.first().and_then(|process| process.spec.ids), ids, "{size}");
+        assert_eq!(host.os.open_files(), 0);
+    }
+}
+
+#[test]
+fn a_refusal_has_the_errno_and_blames_the_user_only_where_one_was_asked_for() {
+    let mut host = Host::new();
+    let id = host.open(Request::Exec(exec(&["/usr/bin"])));
+    host.settle();
+    let Some(Frame::Failed(error)) = &host.streams[&id].end else { panic!() };
+    assert_eq!((error.kind, error.errno), (Kind::ProgramNotExecutable, Errno::ISDIR.0));
+    host.os.faults.insert("spawn".into(), Errno::PERM);
+    assert_eq!(failure_in(&mut host, exec(&["echo"])), Kind::Other);
+}
+
+#[test]
+fn a_program_that_is_slow_to_die_is_killed_once() {
+    let mut host = Host::new();
+    let id = host.open(Request::Exec(ExecSpec { timeout_ns: Some(5), ..exec(&["sleep"]) }));
+    host.settle();
+    host.os.now = host.core.next_deadline().unwrap();
+    for _ in 0..3 {
+        host.core.advance(&mut host.os);
+        host.os.procs[0].exit = None;
+        assert_ne!(host.core.next_deadline(), Some(host.os.now), "its time does not run out again");
+    }
+    assert_eq!(host.os.procs[0].signals, [9]);
+    host.os.procs[0].exit = Some(ChildExit::Signaled(9));
+    host.settle();
+    assert!(exit_of(&host, id).timed_out);
+}
+
+#[test]
+fn the_end_of_silent_outputs_is_news_once_it_no_longer_waits_for_that_of_the_program() {
+    let mut host = Host::new();
+    let spec = ExecSpec { lazy_start: true, ..exec(&["mute", ""]) };
+    let id = host.open(Request::Exec(spec));
+    host.settle();
+    assert!(host.streams[&id].started.is_none());
+    host.os.now = Duration::from_millis(5);
+    host.settle();
+    assert!(host.streams[&id].started.is_some());
+    assert!(host.streams[&id].outs.iter().all(|out| out.eof));
+}
+
+#[test]
+fn input_is_not_credited_before_the_start_is_told() {
+    let mut host = Host::new();
+    let spec = ExecSpec { lazy_start: true, ..exec(&["sleep"]) };
+    let id = host.open_with_stdin(Request::Exec(spec), b"unread", true);
+    host.settle();
+    let told =
+        |host: &Host| (host.streams[&id].started.is_some(), host.streams[&id].consumed_by_agent);
+    assert_eq!(told(&host), (false, 0));
+    host.os.now = host.core.next_deadline().unwrap();
+    host.settle();
+    assert_eq!(told(&host), (true, 6));
+}
+
+#[test]
+fn a_terminal_whose_program_has_ended_is_left_alone() {
+    let mut host = Host::new();
+    let size = TermSize { rows: 1, cols: 80 };
+    host.open(Request::Exec(ExecSpec { tty: Some(size), ..exec(&["echo"]) }));
+    host.settle();
+    assert!(host.os.procs[0].released);
+    assert!(host.ask(Request::Resize { process: 1, size }).is_ok());
+    assert_eq!(host.os.procs[0].size, None);
+}

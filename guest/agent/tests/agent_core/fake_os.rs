@@ -74,6 +74,12 @@ pub(crate) struct FakeOs {
     pub(crate) powered_off: bool,
     /// How much a pipe holds.
     pub(crate) pipe: usize,
+    /// The names that every directory lists in place of what is in it.
+    pub(crate) listing: Option<Vec<String>>,
+    /// What someone quicker puts in the place of every directory that is made.
+    pub(crate) rival: Option<Body>,
+    /// How many times more someone fills a directory that is about to be removed.
+    pub(crate) fillings: usize,
 }
 
 /// What `gen` writes at an offset of an output.
@@ -228,7 +234,8 @@ impl Proc {
             }
             "gen" => self.generate(),
             "mute" if !self.shut => {
-                self.outs[0].extend(b"that is all");
+                let words = self.spec.argv.get(1).map_or("that is all", String::as_str);
+                self.outs[0].extend(words.as_bytes());
                 self.shut = true;
             }
             "leak" | "flood" => {
@@ -458,6 +465,9 @@ impl GuestOs for FakeOs {
         if self.entry(&path)?.kind != EntryKind::Directory {
             return Err(Errno::NOTDIR);
         }
+        if let Some(names) = &self.listing {
+            return Ok(names.iter().map(|name| (name.clone(), EntryKind::File)).collect());
+        }
         let mut entries = Vec::new();
         for name in self.children(&path).into_iter().rev() {
             let kind = self.entry(&format!("{}/{name}", path.trim_end_matches('/')))?.kind;
@@ -469,6 +479,9 @@ impl GuestOs for FakeOs {
     fn mkdir(&mut self, path: &str, mode: u32) -> SysResult<()> {
         self.fault("mkdir")?;
         let path = self.walk(path, false)?;
+        if let Some(body) = self.rival.clone() {
+            self.put(&path, body, 0o755);
+        }
         if self.names.contains_key(&path) {
             return Err(Errno::EXIST);
         }
@@ -479,6 +492,10 @@ impl GuestOs for FakeOs {
     fn rmdir(&mut self, path: &str) -> SysResult<()> {
         let path = self.walk(path, false)?;
         match self.entry(&path)?.kind {
+            EntryKind::Directory if self.fillings > 0 => {
+                self.fillings -= 1;
+                Err(Errno::NOTEMPTY)
+            }
             EntryKind::Directory if self.children(&path).is_empty() => {
                 self.names.remove(&path);
                 Ok(())

@@ -6,7 +6,10 @@ use crate::{
 };
 use proptest::{collection::vec, prelude::*};
 use vm_guest_agent::{core::AgentConfig, os::Errno};
-use vm_guest_protocol::{EntryKind, Frame, GuestErrorKind as Kind, ListedDir, Reply, Request};
+use vm_guest_protocol::{
+    Channel, DEFAULT_WINDOW, EntryKind, Frame, GuestErrorKind as Kind, ListedDir, MAX_ENTRIES,
+    Reply, Request,
+};
 
 fn read(host: &mut Host, path: &str) -> Result<Vec<u8>, Kind> {
     fetch(host, Request::ReadFile { path: path.to_owned() })
@@ -300,4 +303,146 @@ fn removing_and_renaming() {
     let Some(Frame::Failed(error)) = &host.streams[&id].end else { panic!() };
     assert_eq!((error.kind, error.errno, error.path.as_str()), (Kind::Other, 18, "/etc/file"));
     assert_eq!(host.ask(remove("/etc/file", false)), Ok(Reply::Empty));
+}
+
+#[test]
+fn no_more_of_a_file_is_held_than_the_agent_s_window() {
+    let mut host = Host::with_config(AgentConfig { window: 100_000, ..AgentConfig::default() });
+    host.consuming = false;
+    host.os.put("/tmp/f", Body::File(vec![1; 1 << 20]), 0o644);
+    let id = host.open(Request::ReadFile { path: "/tmp/f".into() });
+    host.settle();
+    assert_eq!(host.streams[&id].outs[0].bytes.len(), 100_000);
+}
+
+#[test]
+fn no_more_of_a_file_is_read_than_the_host_would_take() {
+    let mut host = Host::with_config(AgentConfig { window: 1 << 20, ..AgentConfig::default() });
+    host.consuming = false;
+    host.os.put("/tmp/f", Body::File(vec![b'o'; 1 << 20]), 0o644);
+    let id = host.open(Request::ReadFile { path: "/tmp/f".into() });
+    host.settle();
+    // A file has one output: credit for another is none for it.
+    host.send(id, &Frame::Credit { channel: Channel::Stderr, consumed: 0, window: 1 << 20 });
+    host.settle();
+    let taken = usize::try_from(DEFAULT_WINDOW).unwrap();
+    assert_eq!(host.streams[&id].outs[0].bytes.len(), taken);
+    host.os.node_mut("/tmp/f").unwrap().body = Body::File(vec![b'n'; 1 << 20]);
+    host.allow(id, 2 << 20);
+    let consumed = u64::from(DEFAULT_WINDOW);
+    host.send(id, &Frame::Credit { channel: Channel::Stdout, consumed, window: 1 << 20 });
+    host.settle();
+    let (old, new) = host.streams[&id].outs[0].bytes.split_at(taken);
+    assert!(old.iter().all(|byte| *byte == b'o') && new.iter().all(|byte| *byte == b'n'));
+    assert_eq!(new.len(), (1 << 20) - taken);
+}
+
+#[test]
+fn credit_for_a_file_that_is_written_comes_once_half_the_window_is_used() {
+    let mut host = Host::new();
+    let half = DEFAULT_WINDOW / 2;
+    let request = Request::WriteFile { path: "/tmp/f".into(), mode: None };
+    let content = vec![1; usize::try_from(half).unwrap() - 1];
+    let id = host.open_with_stdin(request, &content, false);
+    host.settle();
+    assert_eq!(host.streams[&id].consumed_by_agent, 0);
+    host.more_stdin(id, &[1], false);
+    host.settle();
+    assert_eq!(host.streams[&id].consumed_by_agent, u64::from(half));
+}
+
+#[test]
+fn bytes_that_come_again_are_not_written_again() {
+    let mut host = Host::new();
+    let request = Request::WriteFile { path: "/tmp/f".into(), mode: None };
+    let id = host.open_with_stdin(request, b"once", false);
+    host.settle();
+    host.os.faults.insert("write_all".into(), Errno::IO);
+    let bytes = b"once"[..].into();
+    host.send(id, &Frame::Data { channel: Channel::Stdin, offset: 0, bytes });
+    host.more_stdin(id, b"", true);
+    host.settle();
+    assert_eq!(host.end(id), Ok(Reply::Empty));
+    assert_eq!(host.os.file("/tmp/f"), Some(&b"once"[..]));
+}
+
+#[test]
+fn what_takes_the_name_of_a_file_meanwhile_gives_it_no_rights() {
+    let mut host = Host::new();
+    let request = Request::WriteFile { path: "/tmp/f".into(), mode: None };
+    let id = host.open_with_stdin(request, b"new", false);
+    host.settle();
+    host.os.put("/tmp/f", Body::Link("/etc".into()), 0o777);
+    host.os.node_mut("/tmp/f").unwrap().owner = (8, 9);
+    host.more_stdin(id, b"", true);
+    host.settle();
+    assert_eq!(host.end(id), Ok(Reply::Empty));
+    let node = host.os.node("/tmp/f").unwrap();
+    assert_eq!((node.mode, node.owner, &node.body), (0o644, (0, 0), &Body::File(b"new".to_vec())));
+}
+
+#[test]
+fn a_link_s_target_may_be_as_long_as_a_path() {
+    for (length, outcome) in [(4096, Ok(Reply::Empty)), (4097, Err(Kind::InvalidPath))] {
+        let mut host = Host::new();
+        let name = "etc/fresh";
+        let target = "/".repeat(length - name.len()) + name;
+        host.os.put("/tmp/link", Body::Link(target), 0o777);
+        assert_eq!(host.write("/tmp/link", b"x", None), outcome);
+        assert_eq!(host.os.file("/etc/fresh").is_some(), outcome.is_ok());
+    }
+}
+
+#[test]
+fn a_directory_is_listed_up_to_its_most_names_and_bytes() {
+    let names = |count| (0..count).map(|n| format!("{n:07x}")).collect::<Vec<_>>();
+    let bytes = |total: usize| {
+        // What is around one name in an encoded listing.
+        let entries = vec![("x".repeat(32 << 20), EntryKind::File)];
+        let around = ListedDir { entries }.to_bytes().len() - (32 << 20);
+        vec!["x".repeat(total - around)]
+    };
+    for (listing, fits) in [
+        (names(MAX_ENTRIES), true),
+        (names(MAX_ENTRIES + 1), false),
+        (bytes(32 << 20), true),
+        (bytes((32 << 20) + 1), false),
+    ] {
+        let mut host = Host::new();
+        host.consuming = false;
+        let count = listing.len();
+        host.os.listing = Some(listing);
+        let id = host.open(Request::ListDir { path: "/tmp".into() });
+        host.settle();
+        assert_eq!(host.streams[&id].started.is_some(), fits, "{count} names");
+        if !fits {
+            assert_eq!(host.end(id), Err(Kind::OutOfResources));
+        }
+    }
+}
+
+#[test]
+fn a_parent_that_someone_else_makes_meanwhile_is_taken_if_it_is_a_directory() {
+    let make = || Request::CreateDir { path: "/tmp/a".into(), mode: 0o700, recursive: true };
+    let mut host = Host::new();
+    host.os.rival = Some(Body::Dir);
+    assert_eq!(host.ask(make()), Ok(Reply::Empty));
+    let mut host = Host::new();
+    host.os.rival = Some(Body::File(Vec::new()));
+    assert_eq!(host.ask(make()), Err(Kind::AlreadyExists));
+    let mut host = Host::new();
+    host.os.put("/tmp/a", Body::Link("/none".into()), 0o777);
+    assert_eq!(host.ask(make()), Err(Kind::AlreadyExists), "it leads nowhere");
+}
+
+#[test]
+fn a_directory_that_others_keep_filling_is_given_up_in_the_end() {
+    for (fillings, outcome) in [(8, Ok(Reply::Empty)), (9, Err(Kind::DirectoryNotEmpty))] {
+        let mut host = Host::new();
+        host.os.put("/tmp/t", Body::Dir, 0o755);
+        host.os.fillings = fillings;
+        let remove = Request::Remove { path: "/tmp/t".into(), recursive: true };
+        assert_eq!(host.ask(remove), outcome);
+        assert_eq!(host.os.node("/tmp/t").is_none(), outcome.is_ok());
+    }
 }

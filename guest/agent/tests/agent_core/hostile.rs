@@ -7,7 +7,10 @@ use crate::{
 use bytes::{Buf, BytesMut};
 use proptest::{collection::vec, prelude::*};
 use std::time::Duration;
-use vm_guest_agent::core::{AgentConfig, AgentCore, ConnId};
+use vm_guest_agent::{
+    core::{AgentConfig, AgentCore, ConnId},
+    os::ChildExit,
+};
 use vm_guest_protocol::{
     Channel, ExecSpec, Frame, GuestErrorKind as Kind, Hello, MAX_PAYLOAD, PROTOCOL_VERSION, Reply,
     Request, encode,
@@ -191,4 +194,82 @@ fn a_host_that_does_not_listen_is_not_heard_and_memory_stays_bounded() {
     assert!(host.core.wants_input(conn));
     // Every file up to the agent's own window, and every failure.
     assert!(total > 64 * (256 << 10) + 19_900 * 200, "{total}");
+}
+
+/// So many requests, with answers of some 4,000 bytes.
+fn stats(count: u32) -> BytesMut {
+    let mut wire = BytesMut::new();
+    for id in (0..count).map(|index| 100 + index) {
+        let path = format!("/{}", "x".repeat(4000));
+        encode(id, &Frame::Open(Request::Stat { path }), &mut wire);
+        encode(id, &Frame::Close, &mut wire);
+    }
+    wire
+}
+
+#[test]
+fn streams_go_on_once_a_full_connection_is_below_its_bound() {
+    let mut host = Host::new();
+    host.settle();
+    for _ in 0..24 {
+        host.open(Request::Exec(exec(&["gen", "200000", "0"])));
+    }
+    let mut moved = true;
+    while moved {
+        host.os.run();
+        moved = host.carry_to_agent(usize::MAX).unwrap() | host.core.advance(&mut host.os);
+    }
+    let waiting = host.core.outgoing(host.conn()).unwrap().len();
+    host.carry_to_host(waiting - (1 << 20));
+    assert_ne!(host.core.next_deadline(), Some(Duration::ZERO), "there is no room yet");
+    assert!(!host.core.advance(&mut host.os));
+    host.carry_to_host(1);
+    assert_eq!(host.core.next_deadline(), Some(Duration::ZERO));
+    assert!(host.core.advance(&mut host.os));
+}
+
+#[test]
+fn frames_that_wait_are_heard_once_the_connection_is_below_its_bound() {
+    let mut host = Host::new();
+    host.settle();
+    let conn = host.conn();
+    host.core.received(conn, &stats(1000), &mut host.os).unwrap();
+    let outgoing = host.core.outgoing(conn).unwrap();
+    outgoing.advance(outgoing.len() - (2 << 20));
+    assert_eq!(host.core.next_deadline(), None, "they wait");
+    host.core.outgoing(conn).unwrap().advance(1);
+    assert_eq!(host.core.next_deadline(), Some(Duration::ZERO));
+    assert!(host.core.advance(&mut host.os));
+    assert!(host.core.outgoing(conn).unwrap().len() > 2 << 20);
+}
+
+#[test]
+fn a_connection_is_read_while_it_is_below_its_bound() {
+    let mut host = Host::new();
+    host.open(Request::Exec(exec(&["sleep"])));
+    host.settle();
+    let conn = host.conn();
+    let waiting = |host: &mut Host| host.core.outgoing(conn).unwrap().len();
+    // What the end of the program adds is tried out on a copy.
+    let (mut core, mut os) = (host.core.clone(), host.os.clone());
+    os.procs[0].exit = Some(ChildExit::Exited(0));
+    core.advance(&mut os);
+    let last = core.outgoing(conn).unwrap().len();
+    let mut ping = BytesMut::new();
+    encode(2, &Frame::Open(Request::Ping), &mut ping);
+    encode(2, &Frame::Close, &mut ping);
+    for (piece, most) in [(stats(1), 8192), (ping, last)] {
+        while waiting(&mut host) < (2 << 20) - most {
+            host.core.received(conn, &piece, &mut host.os).unwrap();
+        }
+    }
+    let excess = waiting(&mut host) - ((2 << 20) - last);
+    host.core.outgoing(conn).unwrap().advance(excess);
+    assert!(host.core.wants_input(conn));
+    host.os.procs[0].exit = Some(ChildExit::Exited(0));
+    host.core.advance(&mut host.os);
+    assert_eq!(waiting(&mut host), 2 << 20);
+    assert!(!host.core.wants_input(conn));
+    host.core.outgoing(conn).unwrap().advance(1);
+    assert!(host.core.wants_input(conn));
 }

@@ -5,6 +5,7 @@ use crate::{
     host::{Host, exec},
 };
 use std::time::Duration;
+use vm_guest_agent::os::ChildExit;
 use vm_guest_protocol::{ExecSpec, Frame, GuestErrorKind as Kind, Reply, Request};
 
 fn spawn(host: &mut Host, words: &[&str]) -> u32 {
@@ -254,4 +255,44 @@ fn clock_and_entropy_are_passed_on() {
     assert_eq!(host.os.entropy, Some([3; 32]));
     host.os.faults.insert("set_wall_clock".into(), vm_guest_agent::os::Errno::PERM);
     assert_eq!(host.ask(Request::SetClock { wall_ns: 5 }), Err(Kind::PermissionDenied));
+}
+
+#[test]
+fn killed_processes_do_not_push_out_one_that_has_ended() {
+    let mut host = Host::new();
+    let id = spawn(&mut host, &["echo"]);
+    host.ask(Request::Detach { process: 1 }).unwrap();
+    host.close(id);
+    for _ in 0..65 {
+        let id = spawn(&mut host, &["sleep"]);
+        host.close(id);
+        host.settle();
+    }
+    assert_eq!(known(&mut host), [1]);
+}
+
+#[test]
+fn closing_a_stream_with_output_of_an_ended_program_leaves_the_others_alone() {
+    let mut host = Host::new();
+    host.consuming = false;
+    // The window and a pipe hold it, so it ends; not all of it is read.
+    let ended = spawn(&mut host, &["gen", "300000", "0"]);
+    let other = spawn(&mut host, &["sleep"]);
+    assert!(host.os.procs[0].exit.is_some() && !host.os.procs[0].released);
+    host.close(ended);
+    host.settle();
+    assert!(host.os.procs[0].released);
+    assert_eq!(host.ask(Request::Signal { process: 2, signal: 15 }), Ok(Reply::Empty));
+    assert!(matches!(&host.streams[&other].end, Some(Frame::Exited(_))));
+}
+
+#[test]
+fn a_program_that_ends_as_the_grace_does_is_noted_and_the_machine_turned_off() {
+    let mut host = Host::new();
+    spawn(&mut host, &["sleep"]);
+    host.ask(Request::Shutdown { signal: 15, grace_ns: 1000 }).unwrap();
+    host.os.now = Duration::from_nanos(1000);
+    host.os.procs[0].exit = Some(ChildExit::Signaled(15));
+    assert!(host.core.advance(&mut host.os), "something has changed");
+    assert!(host.os.powered_off && host.os.procs[0].released);
 }

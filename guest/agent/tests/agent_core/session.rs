@@ -8,8 +8,8 @@ use bytes::BytesMut;
 use proptest::{collection::vec, prelude::*};
 use vm_guest_agent::core::{AgentConfig, AgentCore, ConnId, Violation};
 use vm_guest_protocol::{
-    Decoder, ExecSpec, Frame, GuestErrorKind as Kind, Hello, PROTOCOL_VERSION, Refusal, Reply,
-    Request, Welcome, encode,
+    Channel, Decoder, ExecSpec, Frame, GuestErrorKind as Kind, Hello, PROTOCOL_VERSION, Refusal,
+    Reply, Request, Welcome, encode,
 };
 
 const INPUT: usize = 700;
@@ -260,4 +260,27 @@ fn a_clone_goes_its_own_way() {
     assert_eq!(greet(&mut core, &mut os, 1, hello(123, false)), welcome(false));
     assert!(host.ask(Request::Signal { process: 1, signal: 15 }).is_ok());
     assert!(os.procs[0].exit.is_none() && host.os.procs[0].exit.is_some());
+}
+
+#[test]
+fn an_end_is_sent_once_on_a_connection() {
+    let mut host = Host::new();
+    let id = host.open(Request::Ping);
+    host.settle();
+    assert!(host.streams[&id].end.is_some());
+    host.send(id, &Frame::Credit { channel: Channel::Stdout, consumed: 0, window: 1 });
+    host.carry_to_agent(usize::MAX).unwrap();
+    assert!(host.core.outgoing(host.conn()).unwrap().is_empty());
+}
+
+#[test]
+fn a_failure_is_told_again_after_a_loss_though_the_input_has_ended() {
+    let mut host = Host::new();
+    let write = Request::WriteFile { path: "/missing/f".into(), mode: None };
+    let id = host.open_with_stdin(write, b"late", true);
+    host.settle();
+    host.cut();
+    host.settle();
+    assert_eq!(host.resumed, [false, true]);
+    assert_eq!(host.end(id), Err(Kind::NotFound));
 }
