@@ -6,7 +6,10 @@ use crate::{
 };
 use bytes::BytesMut;
 use proptest::{collection::vec, prelude::*};
-use vm_guest_agent::core::{AgentConfig, AgentCore, ConnId, Violation};
+use vm_guest_agent::{
+    core::{AgentConfig, AgentCore, ConnId, Violation},
+    os::Errno,
+};
 use vm_guest_protocol::{
     Channel, Decoder, ExecSpec, Frame, GuestErrorKind as Kind, Hello, PROTOCOL_VERSION, Refusal,
     Reply, Request, Welcome, encode,
@@ -283,4 +286,26 @@ fn a_failure_is_told_again_after_a_loss_though_the_input_has_ended() {
     host.settle();
     assert_eq!(host.resumed, [false, true]);
     assert_eq!(host.end(id), Err(Kind::NotFound));
+}
+
+#[test]
+fn a_file_is_not_gone_on_with_before_the_host_says_from_where() {
+    let (mut core, mut os) = (AgentCore::new(AgentConfig::default()), FakeOs::new());
+    os.put("/tmp/f", Body::File(vec![1; 1 << 20]), 0o644);
+    greet(&mut core, &mut os, 1, hello(5, false));
+    // The first of them fill the connection, so the last waits with credit to spare.
+    let mut wire = BytesMut::new();
+    for id in 1..=6 {
+        encode(id, &Frame::Open(Request::ReadFile { path: "/tmp/f".into() }), &mut wire);
+    }
+    core.received(ConnId(1), &wire, &mut os).unwrap();
+    let resumed = Hello { live: (1..=6).collect(), ..hello(5, true) };
+    assert_eq!(greet(&mut core, &mut os, 2, resumed), welcome(true));
+    os.faults.insert("read".into(), Errno::IO);
+    for (channel, answered) in [(Channel::Stderr, false), (Channel::Stdout, true)] {
+        let mut wire = BytesMut::new();
+        encode(6, &Frame::Credit { channel, consumed: 0, window: 1 }, &mut wire);
+        core.received(ConnId(2), &wire, &mut os).unwrap();
+        assert_eq!(!core.outgoing(ConnId(2)).unwrap().is_empty(), answered, "{channel:?}");
+    }
 }
