@@ -140,14 +140,8 @@ impl Core {
 
     /// Moves the state, where the input can happen in it, and tells everybody.
     pub(super) fn transition(&self, input: &StateInput) {
-        let now = self.now();
         let mut shared = self.lock();
         let Some(next) = shared.state.next(input) else { return };
-        match input {
-            StateInput::PauseDone | StateInput::RestoredPaused => shared.pauses.pause(now),
-            StateInput::ResumeDone => shared.pauses.resume(now),
-            _ => {}
-        }
         if next == shared.state {
             return;
         }

@@ -93,7 +93,12 @@ impl Actor {
         let after = self.core.config.timeouts.capture;
         let kind = match self.bring_up(reply, after, origin, resume).await {
             Ok(()) => {
-                let input = if resume { StateInput::Ready } else { StateInput::RestoredPaused };
+                let input = if resume {
+                    StateInput::Ready
+                } else {
+                    self.core.pauses().pause(self.core.now());
+                    StateInput::RestoredPaused
+                };
                 self.core.transition(&input);
                 return Ok(());
             }

@@ -87,11 +87,8 @@ impl Outflow {
             self.kept.truncate(most);
             return;
         }
-        let excess = self.kept.len().saturating_sub(most);
-        if excess > 0 {
-            self.release(excess);
-            self.sent = self.sent.max(self.start);
-        }
+        self.release(self.kept.len().saturating_sub(most));
+        self.sent = self.sent.max(self.start);
     }
 
     fn release(&mut self, bytes: usize) {
@@ -200,11 +197,6 @@ impl Intake {
 
     pub(super) fn base(&self) -> u64 {
         self.base
-    }
-
-    /// Says whether all bytes have come.
-    pub(super) fn is_complete(&self) -> bool {
-        self.eof == Some(self.received)
     }
 
     /// Counts a frame's bytes, and gives how many at its beginning were received before.

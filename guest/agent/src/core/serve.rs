@@ -157,24 +157,11 @@ impl AgentCore {
         }
     }
 
+    /// Says that the contents of a file come. Of a process, `flush` does.
     fn send_started(&mut self, id: StreamId) {
-        let Some(stream) = self.streams.get(&id) else { return };
-        let started = match &stream.job {
-            Job::Process { id, .. } => match self.processes.get_mut(*id) {
-                Some(process) if process.start_to_send() => process.started_frame(*id),
-                _ => return,
-            },
-            Job::Read(_) => Frame::Started(Started {
-                process: 0,
-                pid: 0,
-                stdout: 0,
-                stderr: 0,
-                tty: false,
-                stdin: 0,
-            }),
-            Job::Write(_) | Job::Over(_) => return,
-        };
-        self.link.send(id, &started);
+        let Some(Stream { job: Job::Read(_), .. }) = self.streams.get(&id) else { return };
+        let started = Started { process: 0, pid: 0, stdout: 0, stderr: 0, tty: false, stdin: 0 };
+        self.link.send(id, &Frame::Started(started));
     }
 
     /// Begins what a new stream is for.
@@ -373,7 +360,7 @@ impl AgentCore {
             return Ok(());
         }
         stream.intake.end(offset)?;
-        if matches!(stream.job, Job::Write(_)) && stream.intake.is_complete() {
+        if matches!(stream.job, Job::Write(_)) {
             let over = Job::Over(Outcome::Done(Reply::Empty));
             if let Job::Write(write) = std::mem::replace(&mut stream.job, over)
                 && let Err(error) = write.commit(os)
