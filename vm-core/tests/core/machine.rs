@@ -79,7 +79,7 @@ pub(crate) struct Ill {
     capabilities: Capabilities,
     /// The frames that the host sent.
     sent: Mutex<Vec<(u32, Frame)>>,
-    /// Everything else that the core told of its work.
+    /// Everything else that the core told of its work, and which lives it had machines made for.
     told: Mutex<Vec<String>>,
 }
 
@@ -163,7 +163,8 @@ impl Hypervisor for Ill {
         HostLimits { max_vcpus: 1, max_memory: Mib(1024) }
     }
 
-    async fn create(&self, _: &MachineSpec) -> Result<Arc<dyn Machine>, MachineError> {
+    async fn create(&self, spec: &MachineSpec) -> Result<Arc<dyn Machine>, MachineError> {
+        self.told.lock().unwrap().push(format!("made life {}", spec.life));
         Ok(Arc::new(IllMachine {
             scripts: Mutex::new(self.behaviour.scripts.iter().cloned().collect()),
             ports: self.behaviour.ports,

@@ -7,12 +7,13 @@ use crate::{
     machine::{Act, Behaviour, Ill, Ports},
     scripted_agent::{SECOND, answers, started},
 };
+use futures_util::FutureExt;
 use std::sync::Arc;
 use vm_guest_protocol::{Frame, Started};
 use vm_trait::{
     Capabilities, Capability, CreateDirOptions, ExecRequest, ForkOptions, GuestFileError,
     RemoveOptions, RestoreOptions, Snapshot, SnapshotOptions, TtySize, User, VmBackend, VmConfig,
-    VmErrorKind, VmInstance, VmResult, WriteOptions,
+    VmErrorKind, VmInstance, VmResult, VmState, WriteOptions,
 };
 
 type Vm = Arc<dyn VmInstance>;
@@ -187,5 +188,18 @@ fn a_kill_takes_what_waits_before_it_out_of_the_queue() {
         killed.unwrap();
         assert_eq!(paused.unwrap_err().kind(), &VmErrorKind::Interrupted);
         assert_eq!(resumed.unwrap_err().kind(), &VmErrorKind::Interrupted);
+    });
+}
+
+#[test]
+fn a_start_that_is_refused_ends_nothing_when_it_is_dropped() {
+    on_paused_time(async {
+        let able = Capabilities::all().without(Capability::GuestKernel);
+        let ill = ill(vec![Act::Frame(0, welcome(false))], able);
+        let vm = running(&ill).await;
+        assert!(vm.start().now_or_never().is_none());
+        assert!(vm.restore(&snapshot(), RestoreOptions::default()).now_or_never().is_none());
+        tokio::time::sleep(SECOND).await;
+        assert_eq!(vm.state(), VmState::Running);
     });
 }

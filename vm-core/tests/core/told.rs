@@ -53,6 +53,36 @@ fn states_and_links_are_told() {
 }
 
 #[test]
+fn it_is_told_whether_a_session_goes_on() {
+    on_paused_time(async {
+        for (resumed, word) in [(true, "resumed"), (false, "new")] {
+            let first = vec![Act::Frame(0, welcome(false)), Act::Wait(SECOND / 2), Act::HangUp];
+            let scripts = vec![first, vec![Act::Frame(0, welcome(resumed))]];
+            let ill = Ill::new(Behaviour { scripts, ports: Ports::Silent, mute: false });
+            let vm = ill.backend().create(VmConfig::default()).await.unwrap();
+            vm.start().await.unwrap();
+            tokio::time::sleep(SECOND * 3).await;
+            let told = with(&ill, &["link up"]);
+            let [first, second] = &told[..] else { panic!("{told:?}") };
+            assert!(first.contains("session new"), "{first}");
+            assert!(second.contains(&format!("session {word}")), "{second}");
+        }
+    });
+}
+
+#[test]
+fn the_lives_of_a_machine_have_numbers_of_their_own() {
+    on_paused_time(async {
+        let (ill, vm) = running(vec![Act::Frame(0, welcome(false))], Ports::Silent).await;
+        vm.kill().await.unwrap();
+        vm.start().await.unwrap();
+        let made = with(&ill, &["made life "]);
+        let [first, second] = &made[..] else { panic!("{made:?}") };
+        assert_ne!(first, second);
+    });
+}
+
+#[test]
 fn how_long_a_machine_stood_still_for_a_snapshot_is_told() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("1.snapshot");
