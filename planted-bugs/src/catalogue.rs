@@ -134,6 +134,8 @@ bugs! {
             "After a restore that failed the state stays Starting for ever.",
         LateCancelIsMissed = "late-cancel-is-missed":
             "A start whose caller leaves just when it is done is not undone.",
+        RefusedStartIsUndone = "refused-start-is-undone":
+            "A refused start whose caller leaves ends the machine that an earlier one brought up.",
         StopWaitsItsTurn = "stop-waits-its-turn":
             "A stop or kill does not cut short what the machine is doing.",
         OneWaiterIsWoken = "one-waiter-is-woken":

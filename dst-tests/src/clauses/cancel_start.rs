@@ -20,6 +20,8 @@ pub(super) const CLAUSES: &[Clause] = &[
     clause!(hanging_start, "cancel.hanging_start",
         "a start that is dropped while the boot hangs is undone at once, not at its deadline",
         [Exec], faults: [BootHang]),
+    clause!(refused, "cancel.refused_start",
+        "a start that is refused ends nothing when it is dropped before it says so", [Exec], faults: []),
 ];
 
 async fn as_it_succeeds(ctx: &Context) -> Verdict {
@@ -42,4 +44,18 @@ async fn hanging_start(ctx: &Context) -> Verdict {
     until_state(ctx, &vm, VmState::Stopped).await?;
     ordered.must_have_fired(ctx)?;
     truthful(ctx, &vm, "after a boot that hung").await
+}
+
+async fn refused(ctx: &Context) -> Verdict {
+    let vm = ctx.running().await?;
+    for _ in 0..ctx.draw(1, 3) {
+        let mut start = vm.start();
+        if let Poll::Ready(done) = futures_util::poll!(&mut start) {
+            crate::ensure!(done.is_err(), "a second start succeeded");
+        }
+    }
+    // What a dropped start sets off would have happened by then.
+    ctx.sleep(Duration::from_millis(20)).await;
+    crate::ensure_eq!(vm.state(), VmState::Running, "the state after refused starts");
+    truthful(ctx, &vm, "after refused starts").await
 }

@@ -40,6 +40,7 @@ pub fn catchers(bug: Bug) -> &'static [&'static str] {
         Bug::PowerOffIsACrash => &["lifecycle.power_off_is_seen"],
         Bug::FailedReviveStaysStarting => &["snapshot.failed_load_in_place"],
         Bug::LateCancelIsMissed => &["cancel.start_as_it_succeeds"],
+        Bug::RefusedStartIsUndone => &["cancel.refused_start"],
         Bug::StopWaitsItsTurn => &["lifecycle.ends_preempt_hanging_boot"],
         Bug::OneWaiterIsWoken => &["lifecycle.wait_wakes_all"],
         Bug::FirstExitIsKept => &["lifecycle.wait_tells_of_each_life"],

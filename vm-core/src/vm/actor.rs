@@ -206,7 +206,11 @@ impl Actor {
                 let origin = Origin::Forked(machine);
                 done(Box::pin(self.revive(&mut reply, origin, resume)).await)
             }
-            (Ok(()), Work::Undo(token)) if self.brought_up_by != Some(token) => Ok(Answer::Done),
+            (Ok(()), Work::Undo(token))
+                if self.brought_up_by != Some(token) && !planted(Bug::RefusedStartIsUndone) =>
+            {
+                Ok(Answer::Done)
+            }
             (Ok(()), Work::Stop(options)) => done(self.stop(&options).await),
             (Ok(()), Work::Undo(_) | Work::Kill | Work::Dispose) => done(self.end_by_force().await),
         };
