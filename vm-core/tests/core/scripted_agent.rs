@@ -5,10 +5,12 @@ use crate::{
     hostile_agent::on_paused_time,
     machine::{Act, Behaviour, Ill, Ports},
 };
+use bytes::Bytes;
 use futures_util::{FutureExt, StreamExt};
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 use vm_guest_protocol::{
-    Channel, Frame, GuestError, GuestErrorKind, ProcessEntry, ProcessExit, Reply, Started,
+    Channel, EntryKind, Frame, GuestError, GuestErrorKind, ListedDir, MAX_DATA, ProcessEntry,
+    ProcessExit, Reply, Started,
 };
 use vm_trait::{
     CreateDirOptions, EventStream, ExecFailure, ExecRequest, ExecStatus, GuestFileError, ProcessId,
@@ -168,6 +170,29 @@ fn a_listener_knows_its_port() {
         let script = vec![Act::Frame(0, welcome(false))];
         let vm = running_with(vec![script], Ports::Stuck, VmConfig::default()).await;
         assert_eq!(vm.listen(4242).await.unwrap().port(), 4242);
+    });
+}
+
+#[test]
+fn a_long_listing_arrives_whole() {
+    let name = "x".repeat(3 << 19);
+    let entries = vec![(name.clone(), EntryKind::File)];
+    let bytes = ListedDir { entries }.to_bytes();
+    let mut script = answers(vec![vec![started()]]);
+    let mut offset = 0;
+    for chunk in bytes.chunks(MAX_DATA) {
+        let bytes = Bytes::copy_from_slice(chunk);
+        let data = Frame::Data { channel: Channel::Stdout, offset, bytes };
+        offset += chunk.len() as u64;
+        // Meanwhile the host makes room for the next.
+        script.extend([Act::Frame(1, data), Act::Wait(Duration::from_millis(1))]);
+    }
+    let end = [Frame::Eof { channel: Channel::Stdout, offset }, Frame::Done(Reply::Empty)];
+    script.extend(end.map(|frame| Act::Frame(1, frame)));
+    on_paused_time(async {
+        let vm = running(vec![script]).await;
+        let listed = vm.list_dir("/").await.unwrap();
+        assert!(matches!(&listed[..], [entry] if entry.name == name), "{} entries", listed.len());
     });
 }
 
