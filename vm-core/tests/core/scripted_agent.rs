@@ -198,14 +198,21 @@ fn a_long_listing_arrives_whole() {
 
 #[test]
 fn an_agent_that_forgets_a_time_limit_does_not_keep_the_host() {
+    const DAYS: Duration = Duration::from_secs(10 * 24 * 3600);
     on_paused_time(async {
-        let scripts = vec![answers(vec![vec![started()]])];
-        let vm = running_with(scripts, Ports::Silent, impatient()).await;
-        let process = vm.spawn(ExecRequest::new("x").timeout(SECOND)).await.unwrap();
-        let begun = tokio::time::Instant::now();
-        let error = process.wait().await.unwrap_err();
-        assert!(matches!(error.kind(), VmErrorKind::Timeout { .. }), "{error}");
-        assert!((SECOND * 2..SECOND * 3).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+        for limit in [SECOND, DAYS] {
+            let mut config = impatient();
+            // It says nothing all that time, and is not taken for dead.
+            config.timeouts.link = DAYS * 10;
+            let scripts = vec![answers(vec![vec![started()]])];
+            let vm = running_with(scripts, Ports::Silent, config).await;
+            let process = vm.spawn(ExecRequest::new("x").timeout(limit)).await.unwrap();
+            let begun = tokio::time::Instant::now();
+            let error = process.wait().await.unwrap_err();
+            assert!(matches!(error.kind(), VmErrorKind::Timeout { .. }), "{error}");
+            let waited = begun.elapsed();
+            assert!((limit + SECOND..limit + SECOND * 2).contains(&waited), "{waited:?}");
+        }
     });
 }
 
