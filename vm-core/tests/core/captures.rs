@@ -3,7 +3,7 @@
 use crate::{
     frames::welcome,
     hostile_agent::on_paused_time,
-    machine::{Act, Behaviour, Ill, Ports},
+    machine::{Act, Ill, Ports},
     scripted_agent::{SECOND, answers},
 };
 use std::{fs, path::Path, sync::Arc};
@@ -18,8 +18,7 @@ use vm_trait::{
 /// Gives the directory of snapshots, its backend, and a machine of it that runs.
 async fn running(script: Vec<Act>) -> (TempDir, Arc<dyn VmBackend>, Arc<dyn VmInstance>) {
     let dir = tempdir().expect("a directory");
-    let behaviour = Behaviour { scripts: vec![script], ports: Ports::Silent, mute: false };
-    let backend = Ill::new(behaviour).backend_in(dir.path());
+    let backend = Ill::playing(vec![script], Ports::Silent).backend_in(dir.path());
     let vm = backend.create(VmConfig::default()).await.expect("create");
     vm.start().await.expect("it comes up");
     (dir, Arc::new(backend), vm)

@@ -10,16 +10,13 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     time::{Instant, timeout},
 };
-use vm_trait::{VmBackend, VmConfig, VmErrorKind, VmInstance, VmState};
+use vm_trait::{VmConfig, VmErrorKind, VmInstance, VmState};
 
 const REQUEST: Duration = Duration::from_secs(30);
 
 async fn running(ports: Ports, mute: bool) -> Arc<dyn VmInstance> {
     let scripts = vec![vec![Act::Frame(0, welcome(false))]];
-    let vm = Ill::new(Behaviour { scripts, ports, mute }).backend();
-    let vm = vm.create(VmConfig::default()).await.expect("create");
-    vm.start().await.expect("start");
-    vm
+    Ill::new(Behaviour { scripts, ports, mute }).running(VmConfig::default()).await
 }
 
 #[test]

@@ -27,7 +27,7 @@ use vm_core::{
     timeline::describe,
 };
 use vm_guest_protocol::{AGENT_PORT, Channel, Frame, encode};
-use vm_trait::{Capabilities, Capability, HostLimits, Mib, VmId};
+use vm_trait::{Capabilities, Capability, HostLimits, Mib, VmBackend, VmConfig, VmId, VmInstance};
 
 /// What the agent does next on a connection.
 #[derive(Clone, Debug)]
@@ -88,6 +88,11 @@ impl Ill {
         Self::able(behaviour, Capabilities::all().without(Capability::GuestKernel))
     }
 
+    /// Makes one that does what it is told, with agents that play these scripts.
+    pub(crate) fn playing(scripts: Vec<Vec<Act>>, ports: Ports) -> Arc<Self> {
+        Self::new(Behaviour { scripts, ports, mute: false })
+    }
+
     /// Makes one that claims these capabilities alone.
     pub(crate) fn able(behaviour: Behaviour, capabilities: Capabilities) -> Arc<Self> {
         Arc::new(Self {
@@ -99,6 +104,13 @@ impl Ill {
             dials: Arc::default(),
             resumes: Arc::default(),
         })
+    }
+
+    /// Gives a machine that runs.
+    pub(crate) async fn running(self: &Arc<Self>, config: VmConfig) -> Arc<dyn VmInstance> {
+        let vm = self.backend().create(config).await.expect("create");
+        vm.start().await.expect("it comes up");
+        vm
     }
 
     /// Gives the frames that the host sent, with their streams.

@@ -18,15 +18,17 @@ use vm_trait::{
 
 type Vm = Arc<dyn VmInstance>;
 
-fn ill(script: Vec<Act>, capabilities: Capabilities) -> Arc<Ill> {
-    let behaviour = Behaviour { scripts: vec![script], ports: Ports::Silent, mute: false };
-    Ill::able(behaviour, capabilities)
+/// Gives one that can do everything but this.
+fn lacking(capability: Capability) -> Arc<Ill> {
+    let scripts = vec![vec![Act::Frame(0, welcome(false))]];
+    let all = Capabilities::all().without(Capability::GuestKernel);
+    let behaviour = Behaviour { scripts, ports: Ports::Silent, mute: false };
+    Ill::able(behaviour, all.without(capability))
 }
 
-async fn running(ill: &Arc<Ill>) -> Vm {
-    let vm = ill.backend().create(VmConfig::default()).await.expect("create");
-    vm.start().await.expect("it comes up");
-    vm
+/// Gives one that can do everything.
+fn able() -> Arc<Ill> {
+    Ill::playing(vec![vec![Act::Frame(0, welcome(false))]], Ports::Silent)
 }
 
 fn snapshot() -> Snapshot {
@@ -71,13 +73,12 @@ fn what_a_backend_cannot_do_is_refused_by_name() {
         Capability::IncrementalSnapshot,
     ];
     on_paused_time(async {
-        for lacking in OPERATIONS {
-            let able = Capabilities::all().without(Capability::GuestKernel).without(lacking);
-            let ill = ill(vec![Act::Frame(0, welcome(false))], able);
-            let vm = running(&ill).await;
-            let error = asks(&ill.backend(), &vm, lacking).await.expect_err(lacking.name());
-            let wanted = VmErrorKind::Unsupported { what: lacking.name().to_owned() };
-            assert_eq!(error.kind(), &wanted, "without {lacking}");
+        for missing in OPERATIONS {
+            let ill = lacking(missing);
+            let vm = ill.running(VmConfig::default()).await;
+            let error = asks(&ill.backend(), &vm, missing).await.expect_err(missing.name());
+            let wanted = VmErrorKind::Unsupported { what: missing.name().to_owned() };
+            assert_eq!(error.kind(), &wanted, "without {missing}");
         }
     });
 }
@@ -85,11 +86,8 @@ fn what_a_backend_cannot_do_is_refused_by_name() {
 #[test]
 fn a_snapshot_that_builds_on_others_or_is_built_on_needs_its_own_capability() {
     on_paused_time(async {
-        let able = Capabilities::all()
-            .without(Capability::GuestKernel)
-            .without(Capability::IncrementalSnapshot);
-        let ill = ill(vec![Act::Frame(0, welcome(false))], able);
-        let vm = running(&ill).await;
+        let ill = lacking(Capability::IncrementalSnapshot);
+        let vm = ill.running(VmConfig::default()).await;
         let tracked = SnapshotOptions::default().tracked();
         let built = SnapshotOptions::default().on_base(&snapshot());
         let name = Capability::IncrementalSnapshot.name();
@@ -107,9 +105,8 @@ fn a_snapshot_that_builds_on_others_or_is_built_on_needs_its_own_capability() {
 #[test]
 fn a_machine_that_cannot_be_inspected_though_its_backend_says_so_is_told() {
     on_paused_time(async {
-        let able = Capabilities::all().without(Capability::GuestKernel);
-        let ill = ill(vec![Act::Frame(0, welcome(false))], able);
-        let vm = running(&ill).await;
+        let ill = able();
+        let vm = ill.running(VmConfig::default()).await;
         vm.pause().await.unwrap();
         let error = vm.inspect().await.unwrap_err();
         assert!(matches!(error.kind(), VmErrorKind::Unsupported { .. }), "{error}");
@@ -119,9 +116,8 @@ fn a_machine_that_cannot_be_inspected_though_its_backend_says_so_is_told() {
 #[test]
 fn paths_that_are_none_never_reach_the_guest() {
     on_paused_time(async {
-        let able = Capabilities::all().without(Capability::GuestKernel);
-        let ill = ill(vec![Act::Frame(0, welcome(false))], able);
-        let vm = running(&ill).await;
+        let ill = able();
+        let vm = ill.running(VmConfig::default()).await;
         let path = "not/absolute";
         let refused = [
             vm.read_file(path).await.map(drop),
@@ -150,9 +146,9 @@ fn paths_that_are_none_never_reach_the_guest() {
 fn terminals_without_rows_or_columns_never_reach_the_guest() {
     on_paused_time(async {
         let on_terminal = Started { process: 9, pid: 7, stdout: 0, stderr: 0, tty: true, stdin: 0 };
-        let able = Capabilities::all().without(Capability::GuestKernel);
-        let ill = ill(answers(vec![vec![Frame::Started(on_terminal)]]), able);
-        let vm = running(&ill).await;
+        let scripts = vec![answers(vec![vec![Frame::Started(on_terminal)]])];
+        let ill = Ill::playing(scripts, Ports::Silent);
+        let vm = ill.running(VmConfig::default()).await;
         tokio::time::sleep(SECOND).await;
         let right = TtySize { rows: 24, cols: 80 };
         let process = vm.spawn(ExecRequest::new("x").tty(right)).await.unwrap();
@@ -180,7 +176,7 @@ fn a_kill_takes_what_waits_before_it_out_of_the_queue() {
     on_paused_time(async {
         let scripts = vec![answers(vec![vec![started()]])];
         let ill = Ill::new(Behaviour { scripts, ports: Ports::Silent, mute: true });
-        let vm = running(&ill).await;
+        let vm = ill.running(VmConfig::default()).await;
         let (paused, resumed, killed) = tokio::join!(vm.pause(), vm.resume(), async {
             tokio::time::sleep(SECOND).await;
             vm.kill().await
@@ -194,9 +190,8 @@ fn a_kill_takes_what_waits_before_it_out_of_the_queue() {
 #[test]
 fn a_start_that_is_refused_ends_nothing_when_it_is_dropped() {
     on_paused_time(async {
-        let able = Capabilities::all().without(Capability::GuestKernel);
-        let ill = ill(vec![Act::Frame(0, welcome(false))], able);
-        let vm = running(&ill).await;
+        let ill = able();
+        let vm = ill.running(VmConfig::default()).await;
         assert!(vm.start().now_or_never().is_none());
         assert!(vm.restore(&snapshot(), RestoreOptions::default()).now_or_never().is_none());
         tokio::time::sleep(SECOND).await;

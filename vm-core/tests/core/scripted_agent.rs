@@ -3,7 +3,7 @@
 use crate::{
     frames::welcome,
     hostile_agent::on_paused_time,
-    machine::{Act, Behaviour, Ill, Ports},
+    machine::{Act, Ill, Ports},
 };
 use bytes::Bytes;
 use futures_util::{FutureExt, StreamExt};
@@ -14,7 +14,7 @@ use vm_guest_protocol::{
 };
 use vm_trait::{
     CreateDirOptions, EventStream, ExecFailure, ExecRequest, ExecStatus, GuestFileError, ProcessId,
-    RemoveOptions, VmBackend, VmConfig, VmErrorKind, VmEvent, VmInstance, WriteOptions,
+    RemoveOptions, VmConfig, VmErrorKind, VmEvent, VmInstance, WriteOptions,
 };
 
 pub(crate) const SECOND: Duration = Duration::from_secs(1);
@@ -39,9 +39,7 @@ async fn running_with(
     ports: Ports,
     config: VmConfig,
 ) -> Arc<dyn VmInstance> {
-    let ill = Ill::new(Behaviour { scripts, ports, mute: false });
-    let vm = ill.backend().create(config).await.expect("create");
-    vm.start().await.expect("it comes up");
+    let vm = Ill::playing(scripts, ports).running(config).await;
     tokio::time::sleep(Duration::from_millis(10)).await;
     vm
 }

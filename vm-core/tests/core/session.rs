@@ -3,7 +3,7 @@
 use crate::{
     frames::welcome,
     hostile_agent::on_paused_time,
-    machine::{Act, Behaviour, Ill, Ports},
+    machine::{Act, Ill, Ports},
     scripted_agent::{SECOND, answers, impatient, started, told},
 };
 use futures_util::FutureExt;
@@ -23,9 +23,8 @@ type Vm = Arc<dyn VmInstance>;
 
 /// Gives a machine whose agent plays a script on each connection, after the machine was started.
 async fn running(scripts: Vec<Vec<Act>>, config: VmConfig) -> (Arc<Ill>, Vm) {
-    let ill = Ill::new(Behaviour { scripts, ports: Ports::Silent, mute: false });
-    let vm = ill.backend().create(config).await.expect("create");
-    vm.start().await.expect("it comes up");
+    let ill = Ill::playing(scripts, Ports::Silent);
+    let vm = ill.running(config).await;
     tokio::time::sleep(Duration::from_millis(10)).await;
     (ill, vm)
 }
@@ -95,7 +94,7 @@ fn an_agent_of_another_version_is_told_as_such_at_once() {
     on_paused_time(async {
         let refused = Frame::Refused(Refusal::Version { agent: 4711 });
         let scripts = vec![vec![Act::Frame(0, refused)]];
-        let ill = Ill::new(Behaviour { scripts, ports: Ports::Silent, mute: false });
+        let ill = Ill::playing(scripts, Ports::Silent);
         let vm = ill.backend().create(VmConfig::default()).await.unwrap();
         let begun = Instant::now();
         let error = vm.start().await.unwrap_err();

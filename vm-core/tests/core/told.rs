@@ -3,7 +3,7 @@
 use crate::{
     frames::welcome,
     hostile_agent::on_paused_time,
-    machine::{Act, Behaviour, Ill, Ports},
+    machine::{Act, Ill, Ports},
     scripted_agent::{SECOND, answers},
 };
 use futures_util::FutureExt;
@@ -12,9 +12,8 @@ use vm_guest_protocol::{Frame, Reply};
 use vm_trait::{SnapshotOptions, VmBackend, VmConfig, VmErrorKind, VmInstance};
 
 async fn running(script: Vec<Act>, ports: Ports) -> (Arc<Ill>, Arc<dyn VmInstance>) {
-    let ill = Ill::new(Behaviour { scripts: vec![script], ports, mute: false });
-    let vm = ill.backend().create(VmConfig::default()).await.expect("create");
-    vm.start().await.expect("it comes up");
+    let ill = Ill::playing(vec![script], ports);
+    let vm = ill.running(VmConfig::default()).await;
     tokio::time::sleep(SECOND).await;
     (ill, vm)
 }
@@ -58,9 +57,8 @@ fn it_is_told_whether_a_session_goes_on() {
         for (resumed, word) in [(true, "resumed"), (false, "new")] {
             let first = vec![Act::Frame(0, welcome(false)), Act::Wait(SECOND / 2), Act::HangUp];
             let scripts = vec![first, vec![Act::Frame(0, welcome(resumed))]];
-            let ill = Ill::new(Behaviour { scripts, ports: Ports::Silent, mute: false });
-            let vm = ill.backend().create(VmConfig::default()).await.unwrap();
-            vm.start().await.unwrap();
+            let ill = Ill::playing(scripts, Ports::Silent);
+            let _vm = ill.running(VmConfig::default()).await;
             tokio::time::sleep(SECOND * 3).await;
             let told = with(&ill, &["link up"]);
             let [first, second] = &told[..] else { panic!("{told:?}") };
@@ -136,7 +134,7 @@ fn all_who_wait_for_a_stream_hear_of_the_end_of_the_machine() {
 fn machines_are_counted_until_they_are_gone() {
     on_paused_time(async {
         let scripts = vec![vec![Act::Frame(0, welcome(false))]];
-        let ill = Ill::new(Behaviour { scripts, ports: Ports::Silent, mute: false });
+        let ill = Ill::playing(scripts, Ports::Silent);
         let backend = ill.backend();
         assert_eq!(backend.live(), 0);
         let vms = [0, 1].map(|_| backend.create(VmConfig::default()));
