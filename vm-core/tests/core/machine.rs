@@ -26,7 +26,7 @@ use vm_core::{
     observe::{Observer, Occurrence},
     timeline::describe,
 };
-use vm_guest_protocol::{AGENT_PORT, Channel, Frame, encode};
+use vm_guest_protocol::{AGENT_PORT, Channel, Frame, Request, encode};
 use vm_trait::{Capabilities, Capability, HostLimits, Mib, VmBackend, VmConfig, VmId, VmInstance};
 
 /// What the agent does next on a connection.
@@ -116,6 +116,15 @@ impl Ill {
     /// Gives the frames that the host sent, with their streams.
     pub(crate) fn sent(&self) -> Vec<(u32, Frame)> {
         self.sent.lock().unwrap().clone()
+    }
+
+    /// Gives what the host asked the agent for, in order.
+    pub(crate) fn opened(&self) -> Vec<Request> {
+        let request = |(_, frame)| match frame {
+            Frame::Open(request) => Some(request),
+            _ => None,
+        };
+        self.sent().into_iter().filter_map(request).collect()
     }
 
     /// Gives what else the core told of its work.

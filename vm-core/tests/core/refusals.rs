@@ -5,7 +5,7 @@ use crate::{
     frames::welcome,
     hostile_agent::on_paused_time,
     machine::{Act, Behaviour, Ill, Ports},
-    scripted_agent::{SECOND, answers, started},
+    scripted_agent::{SECOND, answers},
 };
 use futures_util::FutureExt;
 use std::sync::Arc;
@@ -137,8 +137,7 @@ fn paths_that_are_none_never_reach_the_guest() {
                 "{error}"
             );
         }
-        let opened = ill.sent().into_iter().filter(|(_, it)| matches!(it, Frame::Open(_)));
-        assert_eq!(opened.count(), 0);
+        assert_eq!(ill.opened(), []);
     });
 }
 
@@ -174,7 +173,7 @@ fn terminals_without_rows_or_columns_never_reach_the_guest() {
 #[test]
 fn a_kill_takes_what_waits_before_it_out_of_the_queue() {
     on_paused_time(async {
-        let scripts = vec![answers(vec![vec![started()]])];
+        let scripts = vec![vec![Act::Frame(0, welcome(false))]];
         let ill = Ill::new(Behaviour { scripts, ports: Ports::Silent, mute: true });
         let vm = ill.running(VmConfig::default()).await;
         let (paused, resumed, killed) = tokio::join!(vm.pause(), vm.resume(), async {

@@ -44,15 +44,6 @@ fn hellos(ill: &Ill) -> Vec<Hello> {
     ill.sent().into_iter().filter_map(hello).collect()
 }
 
-/// Gives what was opened by the host, in order.
-fn opened(ill: &Ill) -> Vec<Request> {
-    let request = |(_, frame)| match frame {
-        Frame::Open(request) => Some(request),
-        _ => None,
-    };
-    ill.sent().into_iter().filter_map(request).collect()
-}
-
 fn exited() -> Frame {
     Frame::Exited(ProcessExit { code: Some(0), signal: None, timed_out: false, elapsed_ns: 1 })
 }
@@ -138,7 +129,7 @@ fn an_agent_that_is_heard_of_is_not_asked_whether_it_lives() {
         let _process = vm.spawn(ExecRequest::new("x")).await.unwrap();
         tokio::time::sleep(SECOND * 60).await;
         assert_eq!(ill.dials.load(Ordering::Relaxed), 1);
-        assert!(!opened(&ill).contains(&Request::Ping), "{:?}", opened(&ill));
+        assert!(!ill.opened().contains(&Request::Ping), "{:?}", ill.opened());
     });
 }
 
@@ -224,7 +215,7 @@ fn programs_may_start_late_where_requests_have_time() {
             let (ill, vm) = running(vec![script], config).await;
             let _ = vm.exec(ExecRequest::new("x")).now_or_never();
             tokio::time::sleep(Duration::from_millis(100)).await;
-            let asked = opened(&ill);
+            let asked = ill.opened();
             assert!(
                 matches!(&asked[..], [Request::Exec(spec)] if spec.lazy_start == lazy),
                 "{request:?}: {asked:?}"
@@ -281,7 +272,7 @@ fn a_stop_asks_the_guest_for_less_than_its_grace_and_without_grace_for_nothing()
                 Request::Shutdown { grace_ns, .. } => Some(Duration::from_nanos(grace_ns)),
                 _ => None,
             };
-            let asked: Vec<_> = opened(&ill).into_iter().filter_map(shutdown).collect();
+            let asked: Vec<_> = ill.opened().into_iter().filter_map(shutdown).collect();
             match asked[..] {
                 [asked] => assert!(!asked.is_zero() && asked < grace, "{asked:?} of {grace:?}"),
                 [] => assert!(grace.is_zero(), "the guest was not asked"),
